@@ -1,0 +1,135 @@
+"""Which tile a CTA computes next: a flat list of units over all experts, walked by persistent clusters.
+
+Legend: E experts, M tile rows of one expert, N tile columns, unit = what one cluster computes at once,
+rank = a CTA's place in its cluster.
+
+An expert with `rows` rows has m_tiles = ceil(rows / tile_m) and n_tiles columns of tiles. In a cluster of two,
+two consecutive m tiles of one expert share every weight tile (it is multicast): one unit is (m pair, n). An
+odd last m tile is not padded to a pair: its unit is (m, n pair), two different weight tiles without multicast.
+With an odd n_tiles the very last CTA gets n == n_tiles: TMA reads zeros there and stores nothing.
+
+Units of one expert are consecutive, pairs of rows outermost, n innermost, so the rows of A stay in L2 while
+the cluster next to it takes the next n. All functions here are index arithmetic without warp intrinsics (they
+also run on the CPU), except `load_schedule`, which is a block-wide scan.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Int32, const_expr
+
+WARP = 32
+
+
+class Tile(NamedTuple):
+    """What one CTA computes: m and n tile of an expert, and 1 if the weight tile is the cluster's."""
+
+    m: Int32
+    n: Int32
+    shared_weights: Int32
+
+
+@cute.jit
+def units_of(rows: Int32, tile_m: Constexpr, n_tiles: Constexpr, cluster: Constexpr) -> Int32:
+    """Number of units an expert of `rows` rows has."""
+    m_tiles = (rows + (tile_m - 1)) // tile_m
+    units = m_tiles * n_tiles
+    if const_expr(cluster == 2):
+        units = (m_tiles // 2) * n_tiles + (m_tiles % 2) * ((n_tiles + 1) // 2)
+    return units
+
+
+@cute.jit
+def find_expert(unit: Int32, expert: Int32, mStart: cute.Tensor, num_experts: Constexpr) -> Int32:
+    """The expert that owns `unit`: the last e >= `expert` with start[e] <= unit < start[E].
+
+    `expert` is a lower bound (a CTA's units only grow). Bisection: log2(E) reads even when most experts are
+    empty; empty ones are skipped because their start equals the next one's.
+    """
+    low = expert
+    high = Int32(num_experts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if mStart[middle] <= unit:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@cute.jit
+def tile_of(
+    unit: Int32,
+    rows: Int32,
+    rank: Int32,
+    tile_m: Constexpr,
+    n_tiles: Constexpr,
+    cluster: Constexpr,
+) -> Tile:
+    """The tile that CTA `rank` of the cluster takes in `unit`, counted from its expert's first unit."""
+    m = unit // n_tiles
+    n = unit - m * n_tiles
+    shared = Int32(0)
+    if const_expr(cluster == 2):
+        m_tiles = (rows + (tile_m - 1)) // tile_m
+        paired_units = (m_tiles // 2) * n_tiles
+        m = 2 * m + rank
+        shared = Int32(1)
+        if unit >= paired_units:
+            m = m_tiles - 1
+            n = 2 * (unit - paired_units) + rank
+            shared = Int32(0)
+    return Tile(m, n, shared)
+
+
+@cute.jit
+def load_schedule(
+    mOffsets: cute.Tensor,
+    sOffsets: cute.Tensor,
+    sStart: cute.Tensor,
+    sWarpSum: cute.Tensor,
+    num_experts: Constexpr,
+    threads: Constexpr,
+    tile_m: Constexpr,
+    n_tiles: Constexpr,
+    cluster: Constexpr,
+):
+    """Fills sOffsets (E+1) and sStart (E+1), the first unit of every expert; all `threads` threads call it.
+
+    Thread t owns ceil(E / threads) consecutive experts: O(E / threads) work and one scan over warps. Ends
+    with the tables written but not yet visible: the caller synchronises the block before reading them.
+    sWarpSum holds threads / 32 entries of scratch.
+    """
+    thread = cute.arch.thread_idx()[0]
+    lane = cute.arch.lane_idx()
+    warp = cute.arch.warp_idx()
+    for i in cutlass.range(thread, num_experts + 1, threads):
+        sOffsets[i] = mOffsets[i]
+    cute.arch.sync_threads()
+    per_thread = (num_experts + threads - 1) // threads
+    first = thread * per_thread
+    total = Int32(0)
+    for j in cutlass.range_constexpr(per_thread):
+        e = first + j
+        if e < num_experts:
+            total += units_of(sOffsets[e + 1] - sOffsets[e], tile_m, n_tiles, cluster)
+    inclusive = total
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(inclusive, 1 << step)
+        if lane >= (1 << step):
+            inclusive += below
+    if lane == WARP - 1:
+        sWarpSum[warp] = inclusive
+    cute.arch.sync_threads()
+    start = inclusive - total
+    for w in cutlass.range_constexpr(threads // WARP):
+        if w < warp:
+            start += sWarpSum[w]
+    for j in cutlass.range_constexpr(per_thread):
+        e = first + j
+        if e < num_experts:
+            sStart[e] = start
+            start += units_of(sOffsets[e + 1] - sOffsets[e], tile_m, n_tiles, cluster)
+            if e == num_experts - 1:
+                sStart[num_experts] = start

@@ -1,0 +1,104 @@
+"""The kernels' own schedule arithmetic, run on the CPU against plain Python over random plans."""
+
+import os
+
+os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+cutlass = pytest.importorskip("cutlass")
+import cutlass.cute as cute  # noqa: E402
+from cutlass import Constexpr, Int32  # noqa: E402
+from cutlass.cute.runtime import from_dlpack  # noqa: E402
+from sonicmoe_kernels.cute import schedule  # noqa: E402
+
+NUM_EXPERTS = 12
+SHAPES = [(128, 1, 1), (128, 3, 1), (128, 1, 2), (128, 2, 2), (128, 3, 2), (128, 6, 2)]
+
+
+@cute.jit
+def walk(
+    mOffsets: cute.Tensor,
+    mStart: cute.Tensor,
+    mTiles: cute.Tensor,
+    tile_m: Constexpr,
+    n_tiles: Constexpr,
+    cluster: Constexpr,
+):
+    """Writes (expert, m, n, shared) of every (unit, rank); mStart becomes the prefix over experts."""
+    total = Int32(0)
+    for e in range(NUM_EXPERTS):
+        mStart[e] = total
+        total += schedule.units_of(mOffsets[e + 1] - mOffsets[e], tile_m, n_tiles, cluster)
+    mStart[NUM_EXPERTS] = total
+    expert = Int32(0)
+    for unit in range(total):
+        expert = schedule.find_expert(unit, expert, mStart, NUM_EXPERTS)
+        rows = mOffsets[expert + 1] - mOffsets[expert]
+        for rank in range(cluster):
+            tile = schedule.tile_of(unit - mStart[expert], rows, rank, tile_m, n_tiles, cluster)
+            at = unit * cluster + rank
+            mTiles[at, 0] = expert
+            mTiles[at, 1] = tile.m
+            mTiles[at, 2] = tile.n
+            mTiles[at, 3] = tile.shared_weights
+
+
+def expected_tiles(counts, tile_m, n_tiles, cluster):
+    """The same list in plain Python."""
+    tiles = []
+    for expert, rows in enumerate(counts):
+        m_tiles = -(-rows // tile_m)
+        paired = m_tiles if cluster == 1 else m_tiles - m_tiles % 2
+        for m in range(0, paired, cluster):
+            for n in range(n_tiles):
+                tiles += [(expert, m + rank, n, int(cluster == 2)) for rank in range(cluster)]
+        if paired < m_tiles:
+            tiles += [(expert, paired, n, 0) for n in range(n_tiles + n_tiles % 2)]
+    return tiles
+
+
+@pytest.fixture(scope="module")
+def compiled_walks():
+    dynamic = lambda shape: from_dlpack(torch.zeros(shape, dtype=torch.int32)).mark_layout_dynamic()  # noqa: E731
+    example = (dynamic(NUM_EXPERTS + 1), dynamic(NUM_EXPERTS + 1), dynamic((4, 4)))
+    return {shape: cute.compile(walk, *example, *shape) for shape in SHAPES}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    counts=st.lists(
+        st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257]), st.integers(0, 700)),
+        min_size=NUM_EXPERTS,
+        max_size=NUM_EXPERTS,
+    ),
+    shape=st.sampled_from(SHAPES),
+)
+def test_every_tile_of_every_expert_is_scheduled_exactly_once_in_order(compiled_walks, counts, shape):
+    expected = expected_tiles(counts, *shape)
+    offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    start = torch.full((NUM_EXPERTS + 1,), -1, dtype=torch.int32)
+    tiles = torch.full((len(expected) + 8, 4), -1, dtype=torch.int32)
+    wrapped = [from_dlpack(t).mark_layout_dynamic() for t in (offsets, start)]
+    compiled_walks[shape](*wrapped, from_dlpack(tiles).mark_layout_dynamic())
+    assert [tuple(row) for row in tiles[: len(expected)].tolist()] == expected, (counts, shape)
+    assert (tiles[len(expected) :] == -1).all()
+    real = {tile[:3] for tile in expected if tile[2] < shape[1]}
+    assert len(real) == sum(-(-rows // shape[0]) * shape[1] for rows in counts)
+
+
+def test_many_experts_and_mostly_empty_ones_are_found_by_bisection():
+    @cute.jit
+    def find_all(mStart: cute.Tensor, mFound: cute.Tensor, num_experts: Constexpr):
+        for unit in range(mFound.shape[0]):
+            mFound[unit] = schedule.find_expert(Int32(unit), Int32(0), mStart, num_experts)
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(0, 3, (1024,), generator=generator) * (torch.rand(1024, generator=generator) < 0.1)
+    start = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0).to(torch.int32)])
+    found = torch.full((int(start[-1]),), -1, dtype=torch.int32)
+    find_all(from_dlpack(start), from_dlpack(found), 1024)
+    assert torch.equal(found.long(), torch.arange(1024).repeat_interleave(counts))
