@@ -71,13 +71,17 @@ def compiled_walks():
 @settings(max_examples=150, deadline=None)
 @given(
     counts=st.lists(
-        st.one_of(st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257]), st.integers(0, 700)),
+        st.one_of(
+            st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257]), st.integers(0, 700)
+        ),
         min_size=NUM_EXPERTS,
         max_size=NUM_EXPERTS,
     ),
     shape=st.sampled_from(SHAPES),
 )
-def test_every_tile_of_every_expert_is_scheduled_exactly_once_in_order(compiled_walks, counts, shape):
+def test_every_tile_of_every_expert_is_scheduled_exactly_once_in_order(
+    compiled_walks, counts, shape
+):
     expected = expected_tiles(counts, *shape)
     offsets = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     start = torch.full((NUM_EXPERTS + 1,), -1, dtype=torch.int32)
@@ -97,7 +101,9 @@ def test_many_experts_and_mostly_empty_ones_are_found_by_bisection():
             mFound[unit] = schedule.find_expert(Int32(unit), Int32(0), mStart, num_experts)
 
     generator = torch.Generator().manual_seed(0)
-    counts = torch.randint(0, 3, (1024,), generator=generator) * (torch.rand(1024, generator=generator) < 0.1)
+    counts = torch.randint(0, 3, (1024,), generator=generator) * (
+        torch.rand(1024, generator=generator) < 0.1
+    )
     start = torch.cat([torch.zeros(1, dtype=torch.int32), counts.cumsum(0).to(torch.int32)])
     found = torch.full((int(start[-1]),), -1, dtype=torch.int32)
     find_all(from_dlpack(start), from_dlpack(found), 1024)

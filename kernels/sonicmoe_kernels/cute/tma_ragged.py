@@ -25,7 +25,8 @@ def ragged_view(iterator: cute.Pointer, inner_shape: tuple, inner_stride: tuple,
     shape = (Int32(BIG), *inner_shape, Int32(MANY), Int32(MANY))
     wrap_stride = cute.assume(Int64(WRAP - row_stride), divby=8)
     return cute.make_tensor(
-        iterator, cute.make_layout(shape, stride=(row_stride, *inner_stride, wrap_stride, row_stride))
+        iterator,
+        cute.make_layout(shape, stride=(row_stride, *inner_stride, wrap_stride, row_stride)),
     )
 
 
