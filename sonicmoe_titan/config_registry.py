@@ -1,0 +1,46 @@
+"""Recipes: functions without arguments that return a run's defaults, one per TOML in configs/."""
+
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config import TrainingConfig
+
+from sonicmoe_titan._bytes_data import ByteDataLoader, ByteTokenizer
+from sonicmoe_titan.model_args import ModelArgs
+from sonicmoe_titan.trainer import SonicTrainer
+
+__all__ = ["debug"]
+
+
+def debug() -> SonicTrainer.Config:
+    """Learns real text on any machine in minutes."""
+    return SonicTrainer.Config(
+        model=ModelArgs(
+            num_layers=4,
+            dim=128,
+            num_heads=4,
+            expert_dim=64,
+            num_experts=16,
+            top_k=4,
+            vocab_size=256,
+            router="token_rounding",
+            rounding_tile=32,
+            aux_loss_coeff=0.01,
+        ),
+        loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config()),
+        hf_assets_path=".",
+        metrics=MetricsProcessor.Config(log_freq=1),
+        tokenizer=ByteTokenizer.Config(),
+        dataloader=ByteDataLoader.Config(),
+        optimizer=default_adamw(lr=3e-3),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=10, decay_type="cosine"),
+        training=TrainingConfig(
+            local_batch_size=4,
+            seq_len=128,
+            steps=200,
+            disable_cuda_graphs=True,
+        ),
+        checkpoint=CheckpointManager.Config(interval=100, last_save_model_only=False),
+        activation_checkpoint=None,
+    )
