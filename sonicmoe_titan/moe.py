@@ -1,0 +1,234 @@
+"""The MoE block: TorchTitan's, with the experts of one layer as a single fused region.
+
+Legend: B batch, L sequence, D model width, F expert width, E experts, e local experts, K experts
+per token, T = B * L tokens.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchtitan.config import derive
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import (
+    GroupedExperts,
+    MoE,
+    RoutedExperts,
+    TokenChoiceTopKRouter,
+)
+from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
+
+from sonicmoe_titan.model_args import Backend, Rounding, Router
+from sonicmoe_titan.router import Float32Gate, SonicRouter
+from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats
+
+
+class SonicGroupedExperts(GroupedExperts):
+    """The experts' three weights under stock's names; `SonicRoutedExperts` computes with them."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedExperts.Config):
+        pass
+
+    def local_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's w1 (e, F, D), w3 (e, F, D) and w2 (e, D, F) in `dtype`."""
+        weights = (self.w1_EFD, self.w3_EFD, self.w2_EDF)
+        local = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
+        return local[0].to(dtype), local[1].to(dtype), local[2].to(dtype)
+
+
+class SonicRoutedExperts(RoutedExperts):
+    """Plan, experts and combination of one MoE layer, on plain local tensors."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RoutedExperts.Config):
+        router: Router = "topk"
+        rounding: Rounding = "nearest"
+        rounding_tile: int = 128
+        backend: Backend = "auto"
+        redispatch_x: bool = False
+
+    inner_experts: SonicGroupedExperts
+    stats: RouterStats
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config = config
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        topk_scores_BLK: Tensor,
+        topk_expert_ids_BLK: Tensor,
+        num_local_tokens_per_expert_E: Tensor,
+        scores_BLE: Tensor,
+    ) -> Tensor:
+        """Sum of each token's expert outputs times their scores.
+
+        Args:
+            x_BLD: (B, L, D).
+            topk_scores_BLK: (B, L, K) float32.
+            topk_expert_ids_BLK: (B, L, K) int64.
+            num_local_tokens_per_expert_E: (E,) tokens per expert before rounding.
+            scores_BLE: (B, L, E) float32, what an added (token, expert) entry would score.
+
+        Returns:
+            (B, L, D) in the dtype of x.
+        """
+        from sonicmoe_kernels.moe import moe_experts
+
+        x_TD = x_BLD.flatten(0, 1)
+        plan = self._plan(
+            topk_expert_ids_BLK.flatten(0, 1),
+            topk_scores_BLK.flatten(0, 1),
+            scores_BLE.flatten(0, 1),
+        )
+        w1, w3, w2 = self.inner_experts.local_weights(x_TD.dtype)
+        out_TD = moe_experts(x_TD, w1, w3, w2, plan, backend=self.config.backend)
+        return out_TD.view_as(x_BLD)
+
+    def _plan(self, ids_TK: Tensor, scores_TK: Tensor, scores_TE: Tensor) -> Any:
+        from sonicmoe_kernels.routing import RoutingPlan, token_rounding_plan
+
+        if self.config.router == "topk" or not self.training:
+            num_experts = scores_TE.shape[1]
+            return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=num_experts)
+        return token_rounding_plan(
+            ids_TK,
+            scores_TK,
+            scores_TE,
+            rounding=self.config.rounding,
+            tile=self.config.rounding_tile,
+        )
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Shard as stock does; the additional input `scores_BLE` lies like the top-k's scores."""
+        if self._sharding_config is not None:
+            self._sharding_config = _with_scores_input(self._sharding_config)
+        super().parallelize(parallel_dims)
+
+
+def _with_scores_input(config: ShardingConfig) -> ShardingConfig:
+    def extended(layouts: dict[str, Any] | None) -> dict[str, Any] | None:
+        if layouts is None or "topk_scores_BLK" not in layouts:
+            return layouts
+        return {**layouts, "scores_BLE": layouts["topk_scores_BLK"]}
+
+    local_map = config.local_map
+    if local_map is not None and local_map.in_grad_placements is not None:
+        grads = local_map.in_grad_placements
+        local_map = LocalMapConfig(in_grad_placements=(*grads, grads[1]))
+    return dataclasses.replace(
+        config,
+        in_src_shardings=extended(config.in_src_shardings),
+        in_dst_shardings=extended(config.in_dst_shardings),
+        local_map=local_map,
+    )
+
+
+class SonicMoE(MoE):
+    """TorchTitan's MoE block (same parameter names) around `SonicRoutedExperts`."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(MoE.Config):
+        pass
+
+    router: SonicRouter
+    routed_experts: SonicRoutedExperts
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.stats = RouterStats(config.num_experts)
+        self.router.stats = self.stats
+        self.routed_experts.stats = self.stats
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """(B, L, D) to (B, L, D): routed experts plus the shared experts if there are any."""
+        scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
+        chosen_BLE = torch.zeros_like(scores_BLE, dtype=torch.bool).scatter_(-1, ids_BLK, True)
+        num_tokens_E = chosen_BLE.sum(dim=(0, 1))
+        if self.training:
+            with torch.no_grad():
+                # before rounding: the aux-free bias balances what the router prefers
+                self.tokens_per_expert_E.add_(num_tokens_E)
+        out_BLD = self.routed_experts(x_BLD, scores_BLK, ids_BLK, num_tokens_E, scores_BLE)
+        if self.shared_experts is None:
+            return out_BLD
+        return out_BLD + self.shared_experts(x_BLD)
+
+    def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
+        super()._init_self_buffers(buffer_device=buffer_device)
+        self.stats.allocate(buffer_device or self.tokens_per_expert_E.device)
+
+
+def to_sonic(
+    moe_cfg: MoE.Config,
+    *,
+    router: Router = "topk",
+    rounding: Rounding = "nearest",
+    rounding_tile: int = KERNEL_TILE_ROWS,
+    softmax_order: Literal["before", "after"] = "before",
+    aux_loss_coeff: float = 0.0,
+    z_loss_coeff: float = 0.0,
+    backend: Backend = "auto",
+    redispatch_x: bool = False,
+) -> SonicMoE.Config:
+    """The SonicMoE block that computes what a stock MoE block does, with the same parameters.
+
+    Args:
+        moe_cfg: a stock `MoE.Config`, with or without sharding configs; not changed.
+        router: "topk" (token choice) or "token_rounding" (in training).
+        rounding, rounding_tile: how token rounding rounds, and to which multiple of rows.
+        softmax_order: softmax over all experts "before" the top-k or over the winners "after".
+        aux_loss_coeff, z_loss_coeff: load-balancing loss and router z-loss; 0 is off.
+        backend: "auto", "hopper" or "torch".
+        redispatch_x: under expert parallelism send x again in backward instead of saving it.
+
+    Raises:
+        ValueError: a part of the block is a class whose behaviour this block does not reproduce.
+    """
+    _refuse_foreign(moe_cfg)
+    experts = moe_cfg.routed_experts
+    return derive(
+        moe_cfg,
+        SonicMoE.Config,
+        router=derive(
+            moe_cfg.router,
+            SonicRouter.Config,
+            gate=derive(moe_cfg.router.gate, Float32Gate.Config),
+            softmax_order=softmax_order,
+            aux_loss_coeff=aux_loss_coeff,
+            z_loss_coeff=z_loss_coeff,
+        ),
+        routed_experts=derive(
+            experts,
+            SonicRoutedExperts.Config,
+            inner_experts=derive(experts.inner_experts, SonicGroupedExperts.Config),
+            router=router,
+            rounding=rounding,
+            rounding_tile=rounding_tile,
+            backend=backend,
+            redispatch_x=redispatch_x,
+        ),
+    )
+
+
+def _refuse_foreign(moe_cfg: MoE.Config) -> None:
+    experts = moe_cfg.routed_experts
+    expected = {
+        "moe": (moe_cfg, MoE.Config),
+        "moe.router": (moe_cfg.router, TokenChoiceTopKRouter.Config),
+        "moe.router.gate": (moe_cfg.router.gate, Linear.Config),
+        "moe.routed_experts": (experts, RoutedExperts.Config),
+        "moe.routed_experts.inner_experts": (experts.inner_experts, GroupedExperts.Config),
+    }
+    for name, (given, accepted) in expected.items():
+        if type(given) is not accepted:
+            raise ValueError(
+                f"{name} is a {type(given).__qualname__}; SonicMoE replaces exactly "
+                f"{accepted.__qualname__} (no quantised or biased variants): "
+                "leave out the converter or keep the stock block for this model"
+            )
