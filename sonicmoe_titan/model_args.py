@@ -52,7 +52,7 @@ class ModelArgs:
     """Attention kernel: sdpa is causal over the whole sequence; flex and varlen (CUDA only) also
     mask across documents. auto is sdpa."""
     router: Router = "topk"
-    """topk: token choice. token_rounding: each expert's tokens rounded to whole tiles in training."""
+    """topk: token choice. token_rounding: in training, whole tiles of tokens for each expert."""
     rounding: Rounding = "nearest"
     """How token rounding decides between the tile below and the tile above."""
     rounding_tile: int = 128
@@ -76,7 +76,7 @@ class ModelArgs:
     load_balance_coeff: float | None = None
     """Step of the aux-loss-free bias on router scores; none turns it off."""
     backend: Backend = "auto"
-    """Experts' implementation: hopper (our kernels), torch (grouped_mm), auto picks and says why."""
+    """Experts' kernels: hopper (ours), torch (grouped_mm); auto picks one and says why."""
     redispatch_x: bool = False
     """Under expert parallelism save only the local input and send it again in backward."""
 

@@ -8,7 +8,6 @@ router = "topk"
 steps = 20
 """
 
-import dataclasses
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
