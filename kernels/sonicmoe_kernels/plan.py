@@ -5,6 +5,7 @@ R routed rows. A tensor with suffix R has R_max entries, the static bound; the l
 belong to no token.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class RoutingPlan:
             num_tokens=T,
             num_experts=num_experts,
             valid_P=None,
-            r_max=T * K,
+            r_max=None,
             rows_per_token=K,
         )
 
@@ -181,23 +182,22 @@ def _plan_of_pairs(
     r_max: int | None,
     rows_per_token: int | None,
 ) -> RoutingPlan:
-    _check_pairs(token_P, expert_P, score_P, valid_P)
-    r_max = token_P.shape[0] if r_max is None else r_max
-    if r_max < 0:
-        raise ValueError(f"r_max is {r_max}; it must be at least 0")
-
+    _check_pairs(token_P, expert_P, score_P, valid_P, r_max)
     # One key orders the rows: by expert, then by token; what is left out comes last.
+    left_out = num_experts * num_tokens
     key_P = expert_P.long() * num_tokens + token_P
     if valid_P is not None:
-        key_P = torch.where(valid_P, key_P, num_experts * num_tokens)
-    missing = max(0, r_max - token_P.shape[0])
-    key_P = F.pad(key_P, (0, missing), value=num_experts * num_tokens)
+        key_P = torch.where(valid_P, key_P, left_out)
+    if r_max is not None:
+        missing = max(0, r_max - token_P.shape[0])
+        key_P = F.pad(key_P, (0, missing), value=left_out)
+        token_P, score_P = F.pad(token_P, (0, missing)), F.pad(score_P, (0, missing))
     sorted_key_P, order_P = key_P.sort(stable=True)
     expert_E1 = torch.arange(num_experts + 1, device=key_P.device)
     order_R = order_P[:r_max]
     return RoutingPlan.from_rows(
-        F.pad(token_P, (0, missing)).gather(0, order_R),
-        F.pad(score_P, (0, missing)).gather(0, order_R),
+        token_P.gather(0, order_R),
+        score_P.gather(0, order_R),
         torch.searchsorted(sorted_key_P, expert_E1 * num_tokens),
         num_tokens=num_tokens,
         rows_per_token=rows_per_token,
@@ -205,7 +205,11 @@ def _plan_of_pairs(
 
 
 def _check_pairs(
-    token_P: Tensor, expert_P: Tensor, score_P: Tensor, valid_P: Tensor | None
+    token_P: Tensor,
+    expert_P: Tensor,
+    score_P: Tensor,
+    valid_P: Tensor | None,
+    r_max: int | None,
 ) -> None:
     given = {"token_P": token_P, "expert_P": expert_P, "score_P": score_P}
     if valid_P is not None:
@@ -220,25 +224,28 @@ def _check_pairs(
         raise ValueError(f"scores are {score_P.dtype}; they must be a floating-point dtype")
     if valid_P is not None and valid_P.dtype != torch.bool:
         raise ValueError(f"valid_P is {valid_P.dtype}; it must be bool")
+    if r_max is not None and r_max < 0:
+        raise ValueError(f"r_max is {r_max}; it must be at least 0")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _flatten(plan: RoutingPlan) -> tuple[list[Any], tuple[int | None, int]]:
-    tensors = [
-        plan.token_idx_R,
-        plan.score_R,
-        plan.expert_offsets,
-        plan.token_offsets,
-        plan.token_rows_R,
-    ]
-    return tensors, (plan.rows_per_token, plan.num_tokens)
+_TENSORS = ("token_idx_R", "score_R", "expert_offsets", "token_offsets", "token_rows_R")
 
 
-def _unflatten(tensors: Any, static: tuple[int | None, int]) -> RoutingPlan:
-    return RoutingPlan(*tensors, *static)
+def _flatten(plan: RoutingPlan) -> tuple[list[Tensor], tuple[int | None, int]]:
+    return [getattr(plan, name) for name in _TENSORS], (plan.rows_per_token, plan.num_tokens)
+
+
+def _unflatten(tensors: Iterable[Any], static: tuple[int | None, int]) -> RoutingPlan:
+    rows_per_token, num_tokens = static
+    return RoutingPlan(
+        **dict(zip(_TENSORS, tensors, strict=True)),
+        rows_per_token=rows_per_token,
+        num_tokens=num_tokens,
+    )
 
 
 # A plan crosses torch.compile, activation checkpointing and tree_map as its five tensors.

@@ -153,16 +153,14 @@ def _round_counts(
     over_E = ranking.chosen_E % tile
     down_E = ranking.chosen_E - over_E
     can_go_up_E = (over_E > 0) & (tile - over_E <= ranking.addable_E)
-    if rounding in ("stochastic", "score_stochastic") and uniform_E is None:
-        uniform_E = torch.rand(over_E.shape, device=over_E.device)
 
     match rounding:
         case "nearest":
             go_up_E = 2 * over_E > tile
         case "stochastic":
-            go_up_E = uniform_E * tile < over_E
+            go_up_E = _draws(uniform_E, over_E) * tile < over_E
         case "score_stochastic":
-            go_up_E = _score_draw(ranking, down_E, tile, uniform_E)
+            go_up_E = _score_draw(ranking, down_E, tile, _draws(uniform_E, over_E))
         case "balance":
             go_up_E = _balance(ranking.chosen_E, can_go_up_E, tile)
         case "up":
@@ -170,6 +168,10 @@ def _round_counts(
         case "down":
             go_up_E = torch.zeros_like(can_go_up_E)
     return down_E + tile * (go_up_E & can_go_up_E)
+
+
+def _draws(uniform_E: Tensor | None, like_E: Tensor) -> Tensor:
+    return torch.rand(like_E.shape, device=like_E.device) if uniform_E is None else uniform_E
 
 
 def _score_draw(ranking: _Ranking, down_E: Tensor, tile: int, uniform_E: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ def route_topk(
     choice_TE = choice_TE.detach()
     if expert_bias_E is not None:
         choice_TE = choice_TE + expert_bias_E
+    outside_TE = None
     if num_groups is not None and num_limited_groups is not None:
         outside_TE = _outside_best_groups(
             choice_TE, num_groups=num_groups, num_limited_groups=num_limited_groups
@@ -108,7 +109,7 @@ def route_topk(
             scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + RENORMALIZE_EPS)
     scores_TK = scores_TK * route_scale
     scores_TE = scores_TE * route_scale
-    if num_groups is not None:
+    if outside_TE is not None:
         scores_TE = scores_TE.masked_fill(outside_TE, float("-inf"))
     return TopK(ids_TK, scores_TK, scores_TE)
 
