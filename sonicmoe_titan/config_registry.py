@@ -3,11 +3,13 @@
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import TrainingConfig
 
-from sonicmoe_titan._bytes_data import ByteDataLoader, ByteTokenizer
+from sonicmoe_titan.data import TextDataLoader
 from sonicmoe_titan.model_args import ModelArgs
+from sonicmoe_titan.optimizer import AdamW
+from sonicmoe_titan.tokenizer import TextTokenizer
 from sonicmoe_titan.trainer import SonicTrainer
 
 __all__ = ["debug"]
@@ -23,17 +25,17 @@ def debug() -> SonicTrainer.Config:
             expert_dim=64,
             num_experts=16,
             top_k=4,
-            vocab_size=256,
+            vocab_size=1024,
             router="token_rounding",
             rounding_tile=32,
             aux_loss_coeff=0.01,
         ),
         loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config()),
-        hf_assets_path=".",
+        hf_assets_path="",
         metrics=MetricsProcessor.Config(log_freq=1),
-        tokenizer=ByteTokenizer.Config(),
-        dataloader=ByteDataLoader.Config(),
-        optimizer=default_adamw(lr=3e-3),
+        tokenizer=TextTokenizer.Config(vocab_size=1024),
+        dataloader=TextDataLoader.Config(),
+        optimizer=AdamW.Config(lr=3e-3),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=10, decay_type="cosine"),
         training=TrainingConfig(
             local_batch_size=4,

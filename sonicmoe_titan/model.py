@@ -20,7 +20,6 @@ from torchtitan.models.common.config_utils import (
     make_routed_experts_config,
     make_router_config,
 )
-from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
@@ -29,6 +28,7 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 
 from sonicmoe_titan.model_args import ModelArgs
+from sonicmoe_titan.moe import SonicMoE, to_sonic
 from sonicmoe_titan.parallelize import parallelize_decoder
 
 _ATTENTION: dict[str, type[Module]] = {
@@ -99,7 +99,7 @@ def _block_config(args: ModelArgs, *, seq_len: int) -> Qwen3TransformerBlock.Con
     )
 
 
-def _moe_config(args: ModelArgs) -> MoE.Config:
+def _moe_config(args: ModelArgs) -> SonicMoE.Config:
     init, residual_init = _init(args.init_std), _init(_residual_std(args))
     shared = None
     if args.shared_expert_dim:
@@ -110,7 +110,7 @@ def _moe_config(args: ModelArgs) -> MoE.Config:
             w2w3_param_init=_normal(args.init_std),
         )
         shared.w2.param_init = _normal(_residual_std(args))
-    return make_moe_config(
+    stock = make_moe_config(
         num_experts=args.num_experts,
         load_balance_coeff=args.load_balance_coeff,
         shared_experts=shared,
@@ -133,6 +133,17 @@ def _moe_config(args: ModelArgs) -> MoE.Config:
             param_init={"w1_EFD": init, "w2_EDF": residual_init, "w3_EFD": init},
             comm_backend="standard",
         ),
+    )
+    return to_sonic(
+        stock,
+        router=args.router,
+        rounding=args.rounding,
+        rounding_tile=args.rounding_tile,
+        softmax_order=args.softmax_order,
+        aux_loss_coeff=args.aux_loss_coeff,
+        z_loss_coeff=args.z_loss_coeff,
+        backend=args.backend,
+        redispatch_x=args.redispatch_x,
     )
 
 
