@@ -4,7 +4,7 @@ Legend: B batch, L sequence, D model width, E experts, K experts per token, T = 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,25 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 from sonicmoe_titan.stats import RouterStats
 
 
+class _Float32Product(torch.autograd.Function):
+    """x W^T in float32 that keeps x and W as they come: a float32 copy of a bf16 x would weigh
+    twice what the experts keep of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
+        x, weight = ctx.saved_tensors
+        # summed over the batch afterwards: folding a batch into rows is no DTensor operation
+        dweight = torch.matmul(dlogits.transpose(-1, -2), x.float())
+        if dweight.ndim > 2:
+            dweight = dweight.sum(0)
+        return torch.matmul(dlogits, weight.float()).to(x.dtype), dweight.to(weight.dtype)
+
+
 class Float32Gate(Linear):
     """A linear layer that multiplies in float32 whatever its input's dtype."""
 
@@ -24,8 +43,8 @@ class Float32Gate(Linear):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(input.float(), self.weight.float(), bias)
+        logits = _Float32Product.apply(input, self.weight)
+        return logits if self.bias is None else logits + self.bias.float()
 
 
 class SonicRouter(TokenChoiceTopKRouter):
