@@ -88,6 +88,7 @@ class TextDataLoader(BaseDataLoader):
                 f"TextDataLoader works with TextTokenizer, got {type(tokenizer).__name__}: "
                 "set the recipe's tokenizer to TextTokenizer.Config"
             )
+        self.tokenizer = tokenizer
         if config.corpus in LOCAL_CORPORA:
             self.source: ShardBatches | BaseDataLoader = ShardBatches(
                 open_shard(
@@ -120,11 +121,16 @@ class TextDataLoader(BaseDataLoader):
                 snapshot_every_n_steps=snapshot_every_n_steps,
             )
 
+    # A stream's loader draws a seed for its workers whenever it makes an iterator, which its
+    # state_dict does too; a resumed run makes one more than a run that was never interrupted.
+
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.source)
+        with torch.random.fork_rng(devices=[]):
+            return iter(self.source)
 
     def state_dict(self) -> dict[str, Any]:
-        return self.source.state_dict()
+        with torch.random.fork_rng(devices=[]):
+            return self.source.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.source.load_state_dict(state_dict)
