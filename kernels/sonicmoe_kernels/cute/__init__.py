@@ -1,2 +1,5 @@
-"""The CuTe DSL kernels. Importing a module of this package imports cutlass: do it inside functions only,
-after `sonicmoe_kernels.compile.prepare_dsl`, which names the target architecture to the compiler."""
+"""The CuTe DSL kernels.
+
+A module of this package imports cutlass, which reads CUTE_DSL_ARCH once: import it inside functions
+only, after `sonicmoe_kernels.compile.prepare_dsl`.
+"""

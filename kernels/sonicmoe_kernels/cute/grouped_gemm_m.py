@@ -1,0 +1,564 @@
+"""The template of the four GEMMs with ragged M on sm_90a: C[r] = epilogue(A[r] B[expert of r]).
+
+Legend: R rows of all experts, E experts, M tile rows (128), N tile columns, K depth of a stage (64),
+S stages. m = global, g = tile, s = shared, r = register (CuTe's grammar).
+
+A kernel is a subclass that says what A, B and the epilogue are: `up`, `down`, `d_hidden`, `d_input`.
+The schedule is in schedule.py, gathered A in gather.py, clipped stores in tma_ragged.py.
+
+Warp roles, 384 threads a CTA, one CTA a multiprocessor, clusters of two:
+- warpgroup 0 produces: TMA for B (multicast when the cluster shares it) and for A, or cp.async by all
+  its 128 threads for gathered A; both land on the same mbarrier.
+- warpgroups 1 and 2 consume: wgmma with fp32 accumulators, then the epilogue. Cooperative: 64 rows of
+  every tile each. Ping-pong: every second tile each, one's epilogue under the other's main loop.
+
+Shared memory: per stage (128 + N) * 128 bytes; store and load buffers of the epilogue; two tables of
+E + 1 numbers. Every CTA of a cluster has the same number of k tiles per unit, so stages stay in step.
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import Float32, Int16, Int32, Int64, const_expr, pipeline
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+
+from sonicmoe_kernels.cute import gather, schedule, tma_ragged
+from sonicmoe_kernels.tiles import CLUSTER, THREADS, TILE_K, TILE_M, WARPGROUP_ROWS, RowGemm
+
+WARPGROUP = 128
+PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three roles share 504
+CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
+FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
+FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
+MULTICAST_MASK = (1 << CLUSTER) - 1
+
+
+class WeightMaps(NamedTuple):
+    """TMA maps of one weight: for tiles the cluster shares, and for a CTA's own."""
+
+    shared_atom: cute.CopyAtom
+    mShared: cute.Tensor
+    own_atom: cute.CopyAtom
+    mOwn: cute.Tensor
+
+
+class TmaMap(NamedTuple):
+    """A TMA atom and the coordinate tensor that goes with it."""
+
+    atom: cute.CopyAtom
+    mTensor: cute.Tensor
+
+
+class Gathered(NamedTuple):
+    """Rows mIndex[r] of mX are the rows of A."""
+
+    mX: cute.Tensor
+    mIndex: cute.Tensor
+
+
+class OutputTile(NamedTuple):
+    """Where a warpgroup's block of 64 rows lies: rows of its expert, and its n tile."""
+
+    first: Int32  # first row of the expert among R
+    length: Int32  # rows of the expert
+    row: Int32  # first row of the block, counted from `first`
+    n: Int32
+
+
+class EpilogueMemory(NamedTuple):
+    """A consumer thread's view of the epilogue's shared memory."""
+
+    sStore: cute.Tensor  # (64, epi_n, 2 warpgroups * epi_sets * stores)
+    sLoad: cute.Tensor  # (64, epi_n, 2 warpgroups * load_sets * loads)
+    load_barriers: cute.Pointer  # 2 warpgroups * load_sets
+    group: Int32  # consumer warpgroup, 0 or 1
+    thread: Int32  # in the warpgroup
+    is_issuer: cutlass.Boolean  # true in the one warp that talks to TMA
+
+
+class GroupedGemmM:
+    """Base of the ragged-M kernels; see the module's text for warp roles and shared memory."""
+
+    def __init__(self, gemm: RowGemm, *, weights_are_n_major: cutlass.Constexpr):
+        self.gemm = gemm
+        self.tile = gemm.tile
+        self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[gemm.dtype]
+        self.pingpong = gemm.tile.schedule == "pingpong"
+        self.row_blocks = 2 if self.pingpong else 1  # blocks of 64 rows a warpgroup owns
+        self.k_tiles = gemm.k_tiles
+        self.b_major = OperandMajorMode.MN if weights_are_n_major else OperandMajorMode.K
+        self.b_layout = LayoutEnum.COL_MAJOR if weights_are_n_major else LayoutEnum.ROW_MAJOR
+        kind = "gathered" if gemm.gathers else "tma"
+        self.producer_registers = PRODUCER_REGISTERS[kind]
+        self.consumer_registers = CONSUMER_REGISTERS[kind]
+
+    # ------------------------------------------------------------------ host
+
+    def make_layouts(self):
+        """Shared layouts and the tiled MMA. A half of a stacked B tile is a stage of its own."""
+        tile, gemm, dtype = self.tile, self.gemm, self.dtype
+        k_major = LayoutEnum.ROW_MAJOR
+        mma_rows = 1 if self.pingpong else 2
+        self.tiled_mma = sm90.make_trivial_tiled_mma(
+            dtype,
+            dtype,
+            OperandMajorMode.K,
+            self.b_major,
+            Float32,
+            (mma_rows, 1, 1),
+            (64, tile.tile_n),
+        )
+        # Fragments of one chunk of the epilogue: as the accumulators of a 64 x epi_n product.
+        self.chunk_mma = sm90.make_trivial_tiled_mma(
+            dtype,
+            dtype,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+            Float32,
+            (1, 1, 1),
+            (64, tile.epi_n),
+        )
+        shape = (TILE_M, tile.tile_n, TILE_K)
+        source_shape = (TILE_M, gemm.n_step, TILE_K)
+        self.a_layout = sm90.make_smem_layout_a(k_major, shape, dtype, tile.stages)
+        self.b_smem_layout = sm90.make_smem_layout_b(self.b_layout, shape, dtype, tile.stages)
+        self.source_layout = sm90.make_smem_layout_b(
+            self.b_layout, source_shape, dtype, gemm.n_sources * tile.stages
+        )
+        chunk = (WARPGROUP_ROWS, tile.epi_n)
+        self.stores_per_group = tile.epi_sets * gemm.stores
+        self.loads_per_group = tile.load_sets * gemm.loads
+        self.store_layout = sm90.make_smem_layout_epi(
+            dtype, k_major, chunk, 2 * self.stores_per_group
+        )
+        self.load_layout = sm90.make_smem_layout_epi(
+            dtype, k_major, chunk, max(2 * self.loads_per_group, 1)
+        )
+
+        @cute.struct
+        class Storage:
+            stage_barriers: cute.struct.MemRange[Int64, 2 * tile.stages]
+            load_barriers: cute.struct.MemRange[Int64, 2 * max(tile.load_sets, 1)]
+            offsets: cute.struct.MemRange[Int32, gemm.num_experts + 1]
+            start: cute.struct.MemRange[Int32, gemm.num_experts + 1]
+            warp_sums: cute.struct.MemRange[Int32, THREADS // 32]
+            a: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(self.a_layout)], 1024]
+            b: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(self.b_smem_layout)], 1024]
+            stores: cute.struct.Align[
+                cute.struct.MemRange[dtype, cute.cosize(self.store_layout)], 1024
+            ]
+            loads: cute.struct.Align[
+                cute.struct.MemRange[dtype, cute.cosize(self.load_layout) * bool(gemm.loads)], 1024
+            ]
+
+        self.Storage = Storage
+
+    def weight_maps(self, mW: cute.Tensor) -> WeightMaps:
+        """TMA maps of mW (E, rows, columns), seen as (N, K, E)."""
+        experts, rows, columns = mW.shape
+        experts = Int32(experts)  # all static, the extent E * D * F would have to fit 32 bits
+        expert_stride = rows * columns
+        if const_expr(self.b_major == OperandMajorMode.K):
+            shape, stride = (rows, columns, experts), (columns, 1, expert_stride)
+        else:
+            shape, stride = (columns, rows, experts), (1, columns, expert_stride)
+        view = cute.make_tensor(mW.iterator, cute.make_layout(shape, stride=stride))
+        one_stage = cute.slice_(self.source_layout, (None, None, 0))
+        box = (self.gemm.n_step, TILE_K)
+        shared = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SMulticastOp(), view, one_stage, box, num_multicast=CLUSTER
+        )
+        own = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, one_stage, box)
+        return WeightMaps(*shared, *own)
+
+    def contiguous_a(self, mA: cute.Tensor) -> TmaMap:
+        """TMA map of A (R_max, K). Rows past an expert's end are read, and clipped when stored."""
+        one_stage = cute.slice_(self.a_layout, (None, None, 0))
+        operation = cpasync.CopyBulkTensorTileG2SOp()
+        return TmaMap(*cpasync.make_tiled_tma_atom(operation, mA, one_stage, (TILE_M, TILE_K)))
+
+    def store_map(self, view: cute.Tensor) -> TmaMap:
+        """Map for storing chunks of 64 rows by epi_n columns."""
+        chunk = cute.slice_(self.store_layout, (None, None, 0))
+        box = (WARPGROUP_ROWS, self.tile.epi_n)
+        operation = cpasync.CopyBulkTensorTileS2GOp()
+        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, box))
+
+    def load_map(self, view: cute.Tensor) -> TmaMap:
+        """Map for loading chunks of 64 rows by epi_n columns."""
+        chunk = cute.slice_(self.load_layout, (None, None, 0))
+        box = (WARPGROUP_ROWS, self.tile.epi_n)
+        operation = cpasync.CopyBulkTensorTileG2SOp()
+        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, box))
+
+    def launch(self, mOffsets, a, weights, epilogue, num_ctas, stream):
+        """Launches num_ctas (even) persistent CTAs."""
+        self.kernel(
+            mOffsets,
+            a,
+            weights,
+            epilogue,
+            self.tiled_mma,
+            self.chunk_mma,
+            self.a_layout,
+            self.b_smem_layout,
+            self.source_layout,
+            self.store_layout,
+            self.load_layout,
+        ).launch(
+            grid=[num_ctas, 1, 1],
+            block=[THREADS, 1, 1],
+            cluster=[CLUSTER, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    # ------------------------------------------------------- device: kernel
+
+    @cute.kernel
+    def kernel(
+        self,
+        mOffsets: cute.Tensor,
+        a: tuple,
+        weights: tuple,
+        epilogue: tuple,
+        tiled_mma: cute.TiledMma,
+        chunk_mma: cute.TiledMma,
+        a_layout: cute.ComposedLayout,
+        b_layout: cute.ComposedLayout,
+        source_layout: cute.ComposedLayout,
+        store_layout: cute.ComposedLayout,
+        load_layout: cute.ComposedLayout,
+    ):
+        gemm, tile = self.gemm, self.tile
+        thread = cute.arch.thread_idx()[0]
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        group = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
+
+        stages = self.make_pipeline(storage)
+        load_barriers = storage.load_barriers.data_ptr()
+        if const_expr(gemm.loads):
+            if warp_index == 0:
+                with cute.arch.elect_one():
+                    for i in cutlass.range_constexpr(2 * tile.load_sets):
+                        cute.arch.mbarrier_init(load_barriers + i, 1)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.cluster_arrive_relaxed()
+        table = cute.make_layout(gemm.num_experts + 1)
+        sOffsets = storage.offsets.get_tensor(table)
+        sStart = storage.start.get_tensor(table)
+        sWarpSums = storage.warp_sums.get_tensor(cute.make_layout(THREADS // 32))
+        schedule.load_schedule(
+            mOffsets,
+            sOffsets,
+            sStart,
+            sWarpSums,
+            gemm.num_experts,
+            THREADS,
+            TILE_M,
+            gemm.n_tiles,
+            CLUSTER,
+        )
+        cute.arch.cluster_wait()
+        cute.arch.sync_threads()
+
+        sA = storage.a.get_tensor(a_layout.outer, swizzle=a_layout.inner)
+        sB = storage.b.get_tensor(b_layout.outer, swizzle=b_layout.inner)
+        sSource = storage.b.get_tensor(source_layout.outer, swizzle=source_layout.inner)
+        cluster = cute.arch.block_idx()[0] // CLUSTER
+        clusters = cute.arch.grid_dim()[0] // CLUSTER
+
+        if group == 0:
+            cute.arch.setmaxregister_decrease(self.producer_registers)
+            if const_expr(gemm.gathers) or warp_index == 0:
+                self.produce(
+                    stages, sOffsets, sStart, a, weights, sA, sSource, rank, cluster, clusters
+                )
+        else:
+            cute.arch.setmaxregister_increase(self.consumer_registers)
+            sStore = storage.stores.get_tensor(store_layout.outer, swizzle=store_layout.inner)
+            sLoad = sStore  # unused unless the kernel loads
+            if const_expr(gemm.loads):
+                sLoad = storage.loads.get_tensor(load_layout.outer, swizzle=load_layout.inner)
+            memory = EpilogueMemory(
+                sStore, sLoad, load_barriers, group - 1, thread % WARPGROUP, warp_index % 4 == 0
+            )
+            self.consume(
+                stages, sOffsets, sStart, tiled_mma, chunk_mma, epilogue, memory, sA, sB, rank, cluster,
+                clusters,
+            )  # fmt: skip
+        # A CTA's shared memory must outlive its partner's multicasts and releases.
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+
+    def make_pipeline(self, storage) -> pipeline.PipelineTmaAsync:
+        """Full: one arrival with the expected bytes, and 128 of cp.async. Empty: both CTAs' consumers."""
+        group_of = lambda count: pipeline.CooperativeGroup(pipeline.Agent.Thread, count)  # noqa: E731
+        gathers = self.gemm.gathers
+        bytes_of = lambda rows: rows * TILE_K * self.dtype.width // 8  # noqa: E731
+        consumer_warps = 4 if self.pingpong else 8
+        return pipeline.PipelineTmaAsync.create(
+            barrier_storage=storage.stage_barriers.data_ptr(),
+            num_stages=self.tile.stages,
+            producer_group=group_of(1 + gather.GATHER_THREADS if gathers else 1),
+            consumer_group=group_of(consumer_warps * CLUSTER),
+            tx_count=bytes_of(self.tile.tile_n + (0 if gathers else TILE_M)),
+            cta_layout_vmnk=cute.make_layout((1, CLUSTER, 1, 1)),
+            defer_sync=True,
+        )
+
+    # ----------------------------------------------------- device: producer
+
+    @cute.jit
+    def produce(self, stages, sOffsets, sStart, a, weights, sA, sSource, rank, cluster, clusters):
+        """Fills the stages of all tiles of this CTA, in the order in which they are consumed."""
+        gemm = self.gemm
+        thread = cute.arch.thread_idx()[0]
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tile.stages)
+        sources = [self.partition_weight(maps, sSource, rank) for maps in weights]
+        mask = Int16(MULTICAST_MASK)
+        if const_expr(gemm.gathers):
+            atom = gather.gather_atom(self.dtype)
+            rRows = cute.make_rmem_tensor(TILE_M // gather.ROWS_PER_PASS, Int32)
+            sA_linear = cute.recast_ptr(sA.iterator, dtype=self.dtype)  # without the swizzle
+        expert = Int32(0)
+        unit = cluster
+        total = sStart[gemm.num_experts]
+        while unit < total:
+            expert = schedule.find_expert(unit, expert, sStart, gemm.num_experts)
+            first = sOffsets[expert]
+            end = sOffsets[expert + 1]
+            at = schedule.tile_of(
+                unit - sStart[expert], end - first, rank, TILE_M, gemm.n_tiles, CLUSTER
+            )
+            row = first + at.m * TILE_M
+            if const_expr(gemm.gathers):
+                gather.load_row_indices(a.mIndex, rRows, row, end, thread)
+            for k_source in cutlass.range_constexpr(gemm.k_sources):
+                for k in cutlass.range(gemm.k // TILE_K, unroll=1):
+                    stages.sync_object_empty.wait(state.index, state.phase)
+                    if warp_index == 0:
+                        stages.sync_object_full.arrive(state.index, None)  # expects the bytes
+                        barrier = stages.producer_get_barrier(state)
+                        for n_source in cutlass.range_constexpr(gemm.n_sources):
+                            shared_s, shared_g, own_s, own_g = sources[k_source + n_source]
+                            maps = weights[k_source + n_source]
+                            slot = state.index * gemm.n_sources + n_source
+                            if at.shared_weights == 1:
+                                cute.copy(
+                                    maps.shared_atom,
+                                    shared_g[None, at.n, k, expert],
+                                    shared_s[None, slot],
+                                    tma_bar_ptr=barrier,
+                                    mcast_mask=mask,
+                                )
+                            else:
+                                cute.copy(
+                                    maps.own_atom,
+                                    own_g[None, at.n, k, expert],
+                                    own_s[None, slot],
+                                    tma_bar_ptr=barrier,
+                                )
+                        if const_expr(not gemm.gathers):
+                            depth = k_source * (gemm.k // TILE_K) + k
+                            self.load_a(a, sA, row, depth, state.index, barrier)
+                    if const_expr(gemm.gathers):
+                        sTile = sA_linear + state.index * (TILE_M * TILE_K)
+                        gather.gather_tile(atom, a.mX, rRows, k, sTile, thread, gemm.k)
+                        cute.arch.cp_async_mbarrier_arrive_noinc(stages.producer_get_barrier(state))
+                    state.advance()
+            unit += clusters
+
+    def partition_weight(self, maps: WeightMaps, sSource: cute.Tensor, rank: Int32) -> tuple:
+        """(shared, global) of the multicast map, then of a CTA's own map; global is (box, N, K, E)."""
+        box = (self.gemm.n_step, TILE_K)
+        sBox = cute.group_modes(sSource, 0, 2)
+        gShared = cute.group_modes(cute.local_tile(maps.mShared, box, (None, None, None)), 0, 2)
+        gOwn = cute.group_modes(cute.local_tile(maps.mOwn, box, (None, None, None)), 0, 2)
+        pair = cute.make_layout(CLUSTER)
+        return (
+            *cpasync.tma_partition(maps.shared_atom, rank, pair, sBox, gShared),
+            *cpasync.tma_partition(maps.own_atom, 0, cute.make_layout(1), sBox, gOwn),
+        )
+
+    @cute.jit
+    def load_a(self, a, sA, row, k, stage, barrier):
+        """Loads A's tile from row `row` and k tile `k` on."""
+        rows = cute.domain_offset((row, 0), a.mTensor)
+        gA = cute.local_tile(rows, (TILE_M, TILE_K), (0, None))
+        sBox, gBox = cpasync.tma_partition(
+            a.atom, 0, cute.make_layout(1), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
+        )
+        cute.copy(a.atom, gBox[None, k], sBox[None, stage], tma_bar_ptr=barrier)
+
+    # ----------------------------------------------------- device: consumers
+
+    @cute.jit
+    def consume(
+        self, stages, sOffsets, sStart, tiled_mma, chunk_mma, epilogue, memory, sA, sB, rank, cluster,
+        clusters,
+    ):  # fmt: skip
+        """Multiplies and runs the epilogue of all tiles of this warpgroup."""
+        gemm = self.gemm
+        mma_slice = 0 if const_expr(self.pingpong) else memory.group * WARPGROUP
+        thread_mma = tiled_mma.get_slice(mma_slice)
+        rA = tiled_mma.make_fragment_A(thread_mma.partition_A(sA))
+        rB = tiled_mma.make_fragment_B(thread_mma.partition_B(sB))
+        accumulator_shape = tiled_mma.partition_shape_C((TILE_M, self.tile.tile_n))
+        rAcc = cute.make_rmem_tensor(accumulator_shape, Float32)
+        registers = self.epilogue_registers()
+        read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
+        expert = Int32(0)
+        unit = cluster
+        step = clusters
+        total = sStart[gemm.num_experts]
+        if const_expr(self.pingpong):
+            step = 2 * clusters
+            if memory.group == 1:
+                unit += clusters
+                for _ in cutlass.range(self.k_tiles, unroll=1):
+                    read.advance()
+                # Group 0 goes first.
+                cute.arch.barrier_arrive(
+                    barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP
+                )
+        release = read.clone()
+        tiles_done = Int32(0)
+        while unit < total:
+            expert = schedule.find_expert(unit, expert, sStart, gemm.num_experts)
+            first = sOffsets[expert]
+            length = sOffsets[expert + 1] - first
+            at = schedule.tile_of(
+                unit - sStart[expert], length, rank, TILE_M, gemm.n_tiles, CLUSTER
+            )
+            row = at.m * TILE_M
+            if const_expr(not self.pingpong):
+                row += memory.group * WARPGROUP_ROWS
+            output = OutputTile(first, length, row, at.n)
+            self.before_main_loop(epilogue, registers, memory, output)
+            if const_expr(self.pingpong):
+                # In-order main loops: otherwise a group waits so far ahead that parity aliases.
+                cute.arch.barrier(
+                    barrier_id=FIRST_ORDER_BARRIER + memory.group, number_of_threads=2 * WARPGROUP
+                )
+            stages.consumer_wait(read)
+            self.fence_gathered()
+            self.multiply(tiled_mma, rAcc, rA, rB, read.index, False)
+            read.advance()
+            for _k in cutlass.range(1, self.k_tiles, unroll=1):
+                stages.consumer_wait(read)
+                self.fence_gathered()
+                self.multiply(tiled_mma, rAcc, rA, rB, read.index, True)
+                warpgroup.wait_group(1)
+                stages.consumer_release(release)
+                release.advance()
+                read.advance()
+            if const_expr(self.pingpong):
+                cute.arch.barrier_arrive(
+                    barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group,
+                    number_of_threads=2 * WARPGROUP,
+                )
+            warpgroup.wait_group(0)
+            stages.consumer_release(release)
+            release.advance()
+            self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
+            tiles_done += 1
+            unit += step
+            if const_expr(self.pingpong):
+                for _k in cutlass.range(self.k_tiles, unroll=1):
+                    read.advance()
+                    release.advance()
+        if memory.is_issuer:
+            cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def multiply(self, tiled_mma, rAcc, rA, rB, stage, accumulates: cutlass.Constexpr):
+        """Issues the wgmmas of one stage; the first of a tile overwrites the accumulators."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(tiled_mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, accumulates)
+        for block in cutlass.range_constexpr(cute.size(rA, mode=[2])):
+            cute.gemm(atom, rAcc, rA[None, None, block, stage], rB[None, None, block, stage], rAcc)
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def fence_gathered(self):
+        """cp.async writes through the generic proxy, wgmma reads through the async one."""
+        if const_expr(self.gemm.gathers):
+            cute.arch.fence_proxy("async.shared", space="cta")
+
+    # ----------------------------------- device: what an epilogue is made of
+
+    def epilogue_registers(self) -> tuple:
+        """Registers that a kernel's epilogue carries; none by default."""
+        return ()
+
+    @cute.jit
+    def before_main_loop(self, epilogue, registers, memory, output):
+        """What an epilogue wants started before a tile's main loop; nothing by default."""
+
+    @cute.jit
+    def wait_for_buffers(self, memory):
+        """Returns when the set of store buffers used epi_sets chunks ago may be overwritten."""
+        if memory.is_issuer:
+            cute.arch.cp_async_bulk_wait_group(self.tile.epi_sets - 1, read=True)
+        self.sync_warpgroup(memory)
+
+    @cute.jit
+    def sync_warpgroup(self, memory):
+        cute.arch.barrier(
+            barrier_id=FIRST_EPILOGUE_BARRIER + memory.group, number_of_threads=WARPGROUP
+        )
+
+    @cute.jit
+    def publish(self, memory):
+        """Makes the warpgroup's shared stores visible to TMA."""
+        cute.arch.fence_proxy("async.shared", space="cta")
+        self.sync_warpgroup(memory)
+
+    def chunk_copies(self, chunk_mma, memory) -> tuple:
+        """(store copy, its shared view, load copy, its shared view) of a chunk's fragments."""
+        store_atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(False, 4), self.dtype)
+        load_atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(False, 4), self.dtype)
+        store = cute.make_tiled_copy_C(store_atom, chunk_mma)
+        load = cute.make_tiled_copy_C(load_atom, chunk_mma)
+        sTo = store.get_slice(memory.thread).partition_D(memory.sStore)
+        sFrom = load.get_slice(memory.thread).partition_S(memory.sLoad)
+        return store, sTo, load, sFrom
+
+    def make_chunk(self, chunk_mma) -> cute.Tensor:
+        """Registers for one chunk in the operands' type: epi_n / 2 values a thread."""
+        shape = chunk_mma.partition_shape_C((WARPGROUP_ROWS, self.tile.epi_n))
+        return cute.make_rmem_tensor(shape, self.dtype)
+
+    def store_buffer(self, memory, store_set: int, which: int):
+        """Index of a warpgroup's store buffer."""
+        return memory.group * self.stores_per_group + store_set * self.gemm.stores + which
+
+    def load_buffer(self, memory, load_set: int, which: int):
+        """Index of a warpgroup's load buffer."""
+        return memory.group * self.loads_per_group + load_set * self.gemm.loads + which
+
+    def acc_index(self, block: int, source: int, chunk: int) -> int:
+        """First accumulator of a chunk: a block of 64 rows holds N / 2, gate before up."""
+        tile_n = self.tile.tile_n
+        return (block * tile_n + source * self.gemm.n_step + chunk * self.tile.epi_n) // 2
+
+    @cute.jit
+    def partition_output(self, tma_map, sBuffers, gRows, inner_tiles: cutlass.Constexpr):
+        """TMA partition of (rows, columns, ...) coordinates into chunks of one row block."""
+        gTiles = cute.local_tile(gRows, (WARPGROUP_ROWS, self.tile.epi_n), inner_tiles)
+        return cpasync.tma_partition(
+            tma_map.atom,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(sBuffers, 0, 2),
+            cute.group_modes(gTiles, 0, 2),
+        )
