@@ -105,12 +105,15 @@ def make_pairs(case: Case) -> Pairs:
     return Pairs(token_P, experts_TK.reshape(-1), score_P / case.K**0.5, case.K if fixed else None)
 
 
-def make_inputs(case: Case, *, gated: bool = True) -> Inputs:
-    """Draw the case's tensors in fp32 on the CPU: x ~ N(0, 1), W ~ N(0, 1/fan_in)."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
+def make_inputs(
+    case: Case, *, gated: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Inputs:
+    """Draw the case's tensors: x ~ N(0, 1), W ~ N(0, 1/fan_in); the pairs stay on the CPU."""
+    generator = torch.Generator(device).manual_seed(case.seed + 1)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale
+        drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return drawn.mul_(scale)
 
     return Inputs(
         x_TD=normal(case.T, case.D),
