@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Lint, types, and every test this machine can run. Arguments go to pytest:
+#
+#   ./scripts/test.sh                      everything
+#   ./scripts/test.sh tests/kernels -k up  some of it
+#
+# Tests marked gpu skip where there is no GPU; tests/titan skips where torchtitan is missing.
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+cd "$REPOSITORY"
+
+# two workers of one thread each: more threads than cores make small matrices slower, not faster
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+"$PYTHON" -m ruff check --quiet .
+"$PYTHON" -m ruff format --check --quiet .
+"$PYTHON" -m pyrefly check --summary=none --output-format=min-text \
+  --python-interpreter-path "$(command -v "$PYTHON")"
+exec "$PYTHON" -m pytest --color=no -n 2 "$@"
