@@ -1,16 +1,17 @@
 """Recipes: functions without arguments that return a run's defaults, one per TOML in configs/."""
 
-from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import TrainingConfig
 
+from sonicmoe_titan.checkpoint import SonicCheckpointManager
 from sonicmoe_titan.data import TextDataLoader
 from sonicmoe_titan.model_args import ModelArgs
 from sonicmoe_titan.optimizer import AdamW
 from sonicmoe_titan.tokenizer import TextTokenizer
 from sonicmoe_titan.trainer import SonicTrainer
+from sonicmoe_titan.validate import SonicValidator
 
 __all__ = ["debug"]
 
@@ -43,6 +44,7 @@ def debug() -> SonicTrainer.Config:
             steps=200,
             disable_cuda_graphs=True,
         ),
-        checkpoint=CheckpointManager.Config(interval=100, last_save_model_only=False),
+        checkpoint=SonicCheckpointManager.Config(interval=100),
+        validator=SonicValidator.Config(enable=True, freq=50),
         activation_checkpoint=None,
     )

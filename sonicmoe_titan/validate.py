@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
@@ -20,6 +20,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from sonicmoe_titan.data import Batch, TextDataLoader
+from sonicmoe_titan.model import with_sequence_positions
 from sonicmoe_titan.tokenizer import TextTokenizer
 
 MAX_LOSS_NATS = 700.0  # exp of more overflows a double
@@ -73,6 +74,13 @@ class SonicValidator(Validator):
             stock.dl_config = _Replay(self._batches)
             stock.metrics_processor = _Log(self.metrics_processor, self._tokens_per_byte)
             Validator.validate(stock, model_parts, step)
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """As stock, with the positions that the attention needs."""
+        input_dict = with_sequence_positions(input_dict, model_parts[0].config)
+        return super().post_dataloading_process(input_dict, labels, model_parts)
 
     def _read_batches(self) -> list[Batch]:
         microbatch, per_step = self.local_batch_size, 1
