@@ -83,6 +83,7 @@ def route_topk(
         score_func=score_func,
         softmax_order=softmax_order,
         route_scale=route_scale,
+        expert_bias_E=expert_bias_E,
         num_groups=num_groups,
         num_limited_groups=num_limited_groups,
     )
@@ -92,7 +93,7 @@ def route_topk(
     choice_TE = logits_TE if softmax_order == "after" else scores_TE
     choice_TE = choice_TE.detach()
     if expert_bias_E is not None:
-        choice_TE = choice_TE + expert_bias_E
+        choice_TE = choice_TE + expert_bias_E.detach()
     outside_TE = None
     if num_groups is not None and num_limited_groups is not None:
         outside_TE = _outside_best_groups(
@@ -157,6 +158,7 @@ def _check_route_topk(
     score_func: str,
     softmax_order: str,
     route_scale: float,
+    expert_bias_E: Tensor | None,
     num_groups: int | None,
     num_limited_groups: int | None,
 ) -> None:
@@ -178,6 +180,8 @@ def _check_route_topk(
         )
     if not route_scale > 0:
         raise ValueError(f"route_scale is {route_scale}; it must be above 0")
+    if expert_bias_E is not None and expert_bias_E.shape != (E,):
+        raise ValueError(f"expert_bias_E is {tuple(expert_bias_E.shape)}; it must be (E,) = ({E},)")
     if (num_groups is None) != (num_limited_groups is None):
         raise ValueError(
             f"num_groups is {num_groups} and num_limited_groups is {num_limited_groups}; "
