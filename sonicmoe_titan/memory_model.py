@@ -1,8 +1,8 @@
 """Bytes of activations that one decoder layer needs, every tensor named.
 
-Legend: T tokens of one microbatch on this rank, D model width, F expert width, E experts, e experts
-of this rank, K experts per token, R routed rows (R_max their static bound), N query heads, V key and
-value heads, H head width.
+Legend: T tokens of one microbatch on this rank, D model width, F expert width, S width of the
+shared expert, E experts, e experts of this rank, K experts per token, R routed rows (R_max their
+static bound), N query heads, V key and value heads, H head width.
 
 Three quantities per layer, all for one rank and one microbatch:
 - saved: what autograd keeps from a layer's forward until its backward;
@@ -136,7 +136,7 @@ def experts_terms(shape: LayerShape) -> list[Term]:
 
 
 def norm_terms(shape: LayerShape, part: str, *, rows: int, width: int, source: str) -> list[Term]:
-    """RMSNorm over `rows` vectors: the fused kernel keeps its input and 1/rms, composed ones more."""
+    """RMSNorm over `rows` vectors: one fused kernel keeps its input and 1 / rms, a CPU more."""
     if shape.fused_norm:
         kept = [Term(part, source, "", shape.value_bytes * rows * width)]
     else:
@@ -168,7 +168,7 @@ def attention_terms(shape: LayerShape) -> list[Term]:
 
 
 def shared_expert_terms(shape: LayerShape) -> list[Term]:
-    """TorchTitan's dense SwiGLU on the same X: both halves, the activated gate and their product."""
+    """TorchTitan's dense SwiGLU on the same X: both halves, silu of the gate, their product."""
     width = shape.args.shared_expert_dim
     if not width:
         return []
@@ -277,14 +277,14 @@ BACKWARD_STAGES: dict[str, tuple[str, ...]] = {
 
 
 def peak(shape: LayerShape, stages: dict[str, tuple[str, ...]]) -> tuple[str, list[Term]]:
-    """The stage of the experts' kernels that needs most beside the saved tensors, and its buffers."""
+    """The stage of the experts' kernels with the largest buffers, and those buffers."""
     sizes = _buffers(shape)
     stage = max(stages, key=lambda name: sum(sizes[buffer] for buffer in stages[name]))
     return stage, [Term("transient", name, "", sizes[name]) for name in stages[stage]]
 
 
 def backward_peak(shape: LayerShape, checkpointing: Checkpointing = "none") -> int:
-    """Bytes that a layer's backward adds to what all layers saved: buffers, and what it recomputes."""
+    """Bytes that a layer's backward adds to what is saved: buffers, and what it recomputes."""
     _, buffers = peak(shape, BACKWARD_STAGES)
     added = total(buffers)
     if checkpointing != "none":

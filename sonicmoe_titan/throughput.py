@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 DAY = 86400.0  # seconds
-
-
-class _Mark(NamedTuple):
-    step: int
-    tokens: int
-    training_s: float
-    wall_s: float
 
 
 @dataclass(frozen=True)
@@ -43,13 +34,13 @@ class Throughput:
     """Turns log points into rates.
 
     The first log point at or after `warmup_steps` steps of this process ends the warm-up
-    (compilation, graph capture, first allocations); no rate knows anything from before it. Time
-    spent inside `paused` (validation) counts for the ETA only.
+    (compilation, graph capture, first allocations); no rate knows anything from before it.
 
     Attributes:
         num_gpus: ranks that train together.
         total_steps: last step of the run; None where unknown, then there is no ETA.
-        clock: monotonic seconds.
+        clock: seconds that include validation; for the ETA alone.
+        window: speed between the last two log points; None during the warm-up.
     """
 
     num_gpus: int
@@ -57,67 +48,52 @@ class Throughput:
     total_steps: int | None = None
     clock: Callable[[], float] = time.perf_counter
 
+    window: Rate | None = field(default=None, init=False)
     _first_step: int | None = field(default=None, init=False)
-    _paused_s: float = field(default=0.0, init=False)
-    _start: _Mark | None = field(default=None, init=False)
-    _last: _Mark | None = field(default=None, init=False)
-    _window: Rate | None = field(default=None, init=False)
+    _warm_step: int | None = field(default=None, init=False)
+    _warm_clock: float = field(default=0.0, init=False)
+    _last_step: int = field(default=0, init=False)
+    _tokens: float = field(default=0.0, init=False)
+    _seconds: float = field(default=0.0, init=False)
 
     def begin_step(self, step: int) -> None:
         """Called before every step; the first one says where this process began."""
         if self._first_step is None:
             self._first_step = step
 
-    @contextmanager
-    def _pause(self):  # noqa: ANN202
-        begin = self.clock()
-        try:
-            yield
-        finally:
-            self._paused_s += self.clock() - begin
+    def update(self, step: int, *, tokens: float, seconds: float) -> None:
+        """Take the log point after `step`.
 
-    def paused(self) -> AbstractContextManager[None]:
-        """Time within this context is not training."""
-        return self._pause()
-
-    def update(self, step: int, tokens: int) -> None:
-        """Take the log point after `step`, with the tokens that all ranks have seen so far."""
-        wall = self.clock()
-        mark = _Mark(step, tokens, wall - self._paused_s, wall)
+        Args:
+            step: the step that has just ended.
+            tokens: what all ranks have trained on since the last log point.
+            seconds: how long that took, without validation.
+        """
+        self.window, self._last_step = None, step
+        if self._warm_step is not None:
+            self._tokens += tokens
+            self._seconds += seconds
+            self.window = self._rate(tokens, seconds)
+            return
         first = step if self._first_step is None else self._first_step
-        self._window = None
-        if self._start is None:
-            if step - first + 1 >= self.warmup_steps:
-                self._start = mark
-        elif self._last is not None:
-            self._window = self._rate(self._last, mark)
-        self._last = mark
-
-    @property
-    def window(self) -> Rate | None:
-        """Speed between the last two log points; None during the warm-up."""
-        return self._window
+        if step - first + 1 >= self.warmup_steps:
+            self._warm_step, self._warm_clock = step, self.clock()
 
     @property
     def average(self) -> Rate | None:
         """Speed since the warm-up; None during it."""
-        if self._start is None or self._last is None:
-            return None
-        return self._rate(self._start, self._last)
+        return self._rate(self._tokens, self._seconds)
 
     @property
     def eta_s(self) -> float | None:
         """Seconds until the last step at the pace since the warm-up, validation included."""
-        if self._start is None or self._last is None or self.total_steps is None:
+        if self._warm_step is None or self.total_steps is None:
             return None
-        steps = self._last.step - self._start.step
+        steps = self._last_step - self._warm_step
         if steps <= 0:
             return None
-        pace = (self._last.wall_s - self._start.wall_s) / steps
-        return max(0, self.total_steps - self._last.step) * pace
+        pace = (self.clock() - self._warm_clock) / steps
+        return max(0, self.total_steps - self._last_step) * pace
 
-    def _rate(self, begin: _Mark, end: _Mark) -> Rate | None:
-        seconds, tokens = end.training_s - begin.training_s, end.tokens - begin.tokens
-        if seconds <= 0 or tokens <= 0:
-            return None
-        return Rate(tokens / seconds, self.num_gpus)
+    def _rate(self, tokens: float, seconds: float) -> Rate | None:
+        return Rate(tokens / seconds, self.num_gpus) if tokens > 0 and seconds > 0 else None

@@ -1,0 +1,311 @@
+"""The end of a run: a summary table and figures; and `sonicmoe report`, which compares runs.
+
+Everything is drawn from `metrics.jsonl` and `expert_load.json` in the dump folder of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from sonicmoe_titan import plots
+from sonicmoe_titan.config_tree import ConfigError
+from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
+
+FOLDER = "report"
+WINDOW_RATE = "throughput/tokens_per_day"
+AVERAGE_RATE = "throughput_average/tokens_per_day"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the summary: what it is called, where it comes from, how it is written."""
+
+    label: str
+    value: Callable[[Run], float | None]
+    written: Callable[[float], str]
+
+
+def _last(key: str) -> Callable[[Run], float | None]:
+    return lambda run: run.last(key)
+
+
+def _mean(key: str) -> Callable[[Run], float | None]:
+    def mean(run: Run) -> float | None:
+        _, values = run.series(key)
+        return sum(values) / len(values) if values else None
+
+    return mean
+
+
+def _best(key: str) -> Callable[[Run], float | None]:
+    return lambda run: min(run.series(key)[1], default=None)
+
+
+def _largest(key: str) -> Callable[[Run], float | None]:
+    return lambda run: max(run.series(key)[1], default=None)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+ROWS = (
+    Row("steps", lambda run: run.training[-1]["step"], lambda v: f"{v:.0f}"),
+    Row("tokens", _last("n_tokens_seen"), plots.count),
+    Row("training loss, last (nats)", _last(TRAIN_LOSS), "{:.4f}".format),
+    Row("validation loss, last (nats)", _last(VALIDATION_LOSS), "{:.4f}".format),
+    Row("validation loss, best (nats)", _best(VALIDATION_LOSS), "{:.4f}".format),
+    Row("perplexity, last", _last("validation_metrics/perplexity"), "{:.3f}".format),
+    Row("bits per byte, last", _last("validation_metrics/bits_per_byte"), "{:.4f}".format),
+    Row("tokens/day", _last(AVERAGE_RATE), plots.count),
+    Row("tokens/s per GPU", _last("throughput_average/tokens_per_second_per_gpu"), plots.count),
+    Row(
+        "GPU-days per billion tokens",
+        _last("throughput_average/gpu_days_per_billion_tokens"),
+        "{:.4g}".format,
+    ),
+    Row("MFU (%)", _last("throughput_average/mfu(%)"), "{:.2f}".format),
+    Row("padding waste", _mean("moe/padding_waste"), _percent),
+    Row("rows added by rounding", _mean("moe/rows_added"), _percent),
+    Row("rows dropped by rounding", _mean("moe/rows_dropped"), _percent),
+    Row("max/mean load, last", _last("moe/max_over_mean_load"), "{:.3f}".format),
+    Row("router entropy, last (nats)", _last("moe/router_entropy"), "{:.4f}".format),
+    Row("auxiliary loss, last", _last("moe/aux_loss"), "{:.4f}".format),
+    Row("router z-loss, last", _last("moe/z_loss"), "{:.4f}".format),
+    Row(
+        "activations, predicted (GiB)", _last("memory/activations_predicted(GiB)"), "{:.3f}".format
+    ),
+    Row("peak memory (GiB)", _largest("memory/max_active(GiB)"), "{:.2f}".format),
+)
+
+
+def report_run(folder: str | Path) -> list[Path]:
+    """Print one run's summary and draw its figures into `folder/report`; returns what it wrote."""
+    run = read_run(folder)
+    return _report([run], run.folder / FOLDER)
+
+
+def main(argv: list[str]) -> int:
+    """`sonicmoe report RUN [RUN ...] [--out FOLDER]`."""
+    parser = argparse.ArgumentParser(
+        prog="sonicmoe report",
+        description="Summarise a run, or compare several: a table, figures and a CSV file.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="dump folder of a run")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"where the figures go (RUN/{FOLDER}; for several runs ./{FOLDER})",
+    )
+    given = parser.parse_args(argv)
+    try:
+        runs = _with_distinct_names([read_run(folder) for folder in given.runs])
+        out = given.out or (runs[0].folder if len(runs) == 1 else Path()) / FOLDER
+        _report(runs, out)
+    except OSError as error:
+        raise ConfigError(str(error)) from None
+    return 0
+
+
+def _with_distinct_names(runs: list[Run]) -> list[Run]:
+    names = [run.name for run in runs]
+    if len(set(names)) == len(names):
+        return runs
+    return [
+        Run(str(run.folder), run.folder, run.header, run.training, run.validation, run.load_LE)
+        for run in runs
+    ]
+
+
+def _report(runs: list[Run], out: Path) -> list[Path]:
+    out.mkdir(parents=True, exist_ok=True)
+    summary = _summary(runs)
+    Console().print(_table(runs, summary))
+    written = [_write_csv(runs, summary, out / "summary.csv")]
+    written += _draw(runs, out)
+    print("wrote " + ", ".join(str(path) for path in written))
+    return written
+
+
+def _summary(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Label and one written value per run, without the lines that no run has."""
+    lines = []
+    for row in ROWS:
+        values = [row.value(run) for run in runs]
+        if any(value is not None for value in values):
+            lines.append(
+                (row.label, ["-" if value is None else row.written(value) for value in values])
+            )
+    return lines
+
+
+def _table(runs: Sequence[Run], summary: Sequence[tuple[str, list[str]]]) -> Table:
+    table = Table(title="Runs" if len(runs) > 1 else f"Run {runs[0].name}", title_justify="left")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    table.add_row("model", *(describe_model(run) for run in runs))
+    table.add_row("device", *(_hardware(run) for run in runs))
+    for label, values in summary:
+        table.add_row(label, *values)
+    return table
+
+
+def _write_csv(runs: Sequence[Run], summary: Sequence[tuple[str, list[str]]], path: Path) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["", *(run.name for run in runs)])
+        writer.writerows([label, *values] for label, values in summary)
+    return path
+
+
+def describe_model(run: Run) -> str:
+    """The model's size and router in a few words."""
+    model = run.header.get("config", {}).get("model")
+    if not model:
+        return "unknown model"
+    router = model["router"]
+    if router == "token_rounding":
+        router = f"token rounding ({model['rounding']}, tile {model['rounding_tile']})"
+    return (
+        f"{model['num_layers']} layers, D {model['dim']}, F {model['expert_dim']}, "
+        f"E {model['num_experts']}, K {model['top_k']}, {router}"
+    )
+
+
+def _hardware(run: Run) -> str:
+    return f"{run.header.get('num_devices', '?')} x {run.header.get('device', 'unknown device')}"
+
+
+def _caption(runs: Sequence[Run]) -> str:
+    lines = [
+        f"{run.name}: {describe_model(run)}; {_hardware(run)}; {run.header.get('date', '')}"
+        for run in runs
+    ]
+    return "\n".join(lines)
+
+
+def _draw(runs: Sequence[Run], out: Path) -> list[Path]:
+    caption = _caption(runs)
+    drawn = [
+        _draw_loss(runs, out / "loss.png", caption),
+        _draw_rate(runs, out / "tokens_per_day.png", caption),
+        _draw_waste(runs, out / "padding_waste.png", caption),
+    ]
+    for run in runs:
+        name = "expert_load.png" if len(runs) == 1 else f"expert_load_{_file_name(run)}.png"
+        drawn.append(_draw_load(run, out / name))
+    return [path for path in drawn if path is not None]
+
+
+def _file_name(run: Run) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in run.name)
+
+
+def _draw_loss(runs: Sequence[Run], path: Path, caption: str) -> Path:
+    with plots.figure(path, caption=caption) as (_, axes):
+        for index, run in enumerate(runs):
+            colour, prefix = plots.colour(index), f"{run.name}: " if len(runs) > 1 else ""
+            steps, losses = run.series(TRAIN_LOSS)
+            axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=0.9)
+            window = max(1, len(losses) // 20)
+            axes.plot(
+                steps, plots.smoothed(losses, window), color=colour, label=f"{prefix}training"
+            )
+            steps, losses = run.series(VALIDATION_LOSS)
+            if steps:
+                axes.plot(
+                    steps, losses, color=colour, marker="o", markersize=4, linestyle="--",
+                    label=f"{prefix}validation (top-k routing)",
+                )  # fmt: skip
+        axes.set(title="Loss", xlabel="step", ylabel="cross-entropy (nats per token)")
+        axes.legend()
+    return path
+
+
+def _draw_rate(runs: Sequence[Run], path: Path, caption: str) -> Path | None:
+    if not any(run.series(WINDOW_RATE)[0] for run in runs):
+        return None
+    with plots.figure(path, caption=caption) as (_, axes):
+        for index, run in enumerate(runs):
+            steps, rates = run.series(WINDOW_RATE)
+            average = run.last(AVERAGE_RATE)
+            if not steps or average is None:
+                continue
+            colour = plots.colour(index)
+            axes.plot(steps, rates, color=colour, alpha=0.5, linewidth=1.0)
+            axes.axhline(
+                average, color=colour, linestyle="--",
+                label=f"{run.name}: {plots.count(average)} tokens/day on average",
+            )  # fmt: skip
+        axes.set(
+            title="Training throughput, warm-up and validation left out",
+            xlabel="step",
+            ylabel="tokens/day",
+        )
+        axes.set_ylim(bottom=0)
+        plots.format_axis(axes.yaxis, plots.count)
+        axes.legend(loc="lower right")
+    return path
+
+
+def _draw_waste(runs: Sequence[Run], path: Path, caption: str) -> Path | None:
+    if not any(run.series("moe/padding_waste")[0] for run in runs):
+        return None
+    with plots.figure(path, caption=caption) as (_, axes):
+        for index, run in enumerate(runs):
+            steps, waste = run.series("moe/padding_waste")
+            label = f"{run.name}: padding waste" if len(runs) > 1 else "padding waste"
+            axes.plot(steps, [100 * v for v in waste], color=plots.colour(index), label=label)
+            if len(runs) == 1:
+                for key, label in (
+                    ("moe/rows_added", "rows added by rounding"),
+                    ("moe/rows_dropped", "rows dropped by rounding"),
+                ):
+                    steps, values = run.series(key)
+                    if any(values):
+                        index += 1
+                        axes.plot(
+                            steps, [100 * v for v in values], color=plots.colour(index), label=label
+                        )
+        axes.set(
+            title="Rows that tiles compute in vain",
+            xlabel="step",
+            ylabel="share of useful rows (%)",
+        )
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    return path
+
+
+def _draw_load(run: Run, path: Path) -> Path | None:
+    if not run.load_LE:
+        return None
+    load_LE = torch.tensor(run.load_LE, dtype=torch.float64)
+    load_LE = load_LE / load_LE.mean(dim=1, keepdim=True).clamp(min=1e-30)
+    layers, experts = load_LE.shape
+    height = min(9.0, max(3.0, 1.8 + 0.16 * layers))
+    with plots.figure(path, caption=_caption([run]), height=height) as (drawn, axes):
+        farthest = max(0.25, float((load_LE - 1).abs().max()))
+        image = axes.imshow(
+            load_LE.numpy(), aspect="auto", interpolation="nearest", cmap=plots.DIVERGING,
+            vmin=1 - farthest, vmax=1 + farthest, origin="lower",
+        )  # fmt: skip
+        axes.grid(visible=False)
+        axes.set(
+            title=f"Load per expert, last window (worst {float(load_LE.max()):.2f}x the mean)",
+            xlabel=f"expert (of {experts})",
+            ylabel=f"MoE layer (of {layers})",
+        )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        drawn.colorbar(image, ax=axes, label="rows / mean of the layer")
+    return path
