@@ -9,7 +9,7 @@ Nothing here is tuned at run time, and nothing depends on the number of tokens o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sonicmoe_kernels.activations import get_activation
 
@@ -46,6 +46,8 @@ class RowTile:
 @dataclass(frozen=True)
 class RowGemm:
     """Everything a ragged-M kernel is compiled for. Never T or R."""
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_rows:build"
 
     kernel: RowKernel
     d: int
@@ -151,3 +153,185 @@ def why_illegal(gemm: RowGemm) -> str | None:
     if gemm.shared_memory > SHARED_MEMORY_LIMIT:
         return f"{gemm.shared_memory} bytes of shared memory exceed {SHARED_MEMORY_LIMIT}"
     return None
+
+
+# Measured cost of a column relative to the widest tile's; narrow tiles re-read A more often.
+COLUMN_COST = {256: 1.0, 192: 1.05, 128: 1.3, 64: 2.0}
+# Candidates of every kernel on sm_90a; the cheapest legal one is taken, the first one of equals.
+ROW_TILES: dict[str, tuple[RowTile, ...]] = {
+    "up": (
+        RowTile(256, 4),
+        RowTile(256, 3),
+        RowTile(128, 4),
+    ),
+    "down": (
+        RowTile(256, 4, epi_n=64, epi_sets=2),
+        RowTile(256, 4, epi_n=32, epi_sets=2),
+        RowTile(192, 4, epi_n=64, epi_sets=1),
+        RowTile(128, 4, epi_n=64, epi_sets=2),
+        RowTile(64, 4, epi_n=64, epi_sets=1),
+    ),
+    "d_input": (
+        RowTile(256, 4, epi_n=64, epi_sets=2),
+        RowTile(256, 4, epi_n=32, epi_sets=2),
+        RowTile(192, 4, epi_n=64, epi_sets=1),
+        RowTile(128, 4, epi_n=64, epi_sets=2),
+        RowTile(64, 4, epi_n=64, epi_sets=1),
+    ),
+    "d_hidden": (
+        RowTile(256, 3, load_sets=2),
+        RowTile(192, 3, load_sets=2),
+        RowTile(128, 4, load_sets=2),
+        RowTile(64, 4, load_sets=2),
+    ),
+}
+
+
+def pick_rows(
+    kernel: RowKernel,
+    *,
+    d: int,
+    f: int,
+    num_experts: int,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+    activation: str = "swiglu",
+) -> RowGemm:
+    """The configuration of a ragged-M kernel on sm_90a.
+
+    Raises:
+        ValueError: no candidate is legal; the message says why.
+    """
+    candidates = [
+        RowGemm(kernel, d, f, num_experts, dtype, activation, tile) for tile in ROW_TILES[kernel]
+    ]
+    legal = [gemm for gemm in candidates if why_illegal(gemm) is None]
+    if not legal:
+        raise ValueError(f"{kernel}: {why_illegal(candidates[0])}")
+    return min(
+        legal, key=lambda gemm: gemm.n_tiles * gemm.tile.tile_n * COLUMN_COST[gemm.tile.tile_n]
+    )
+
+
+WeightKernel = Literal["d_weight2", "d_weight13"]
+
+
+@dataclass(frozen=True)
+class WeightTile:
+    """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
+
+    stages: k tiles of 64 rows in flight. cluster: CTAs, neighbours along D, that share the columns.
+    """
+
+    tile_n: int
+    stages: int
+    cluster: int
+
+
+@dataclass(frozen=True)
+class WeightGemm:
+    """Everything a ragged-K kernel is compiled for. Never T, R or E.
+
+    halves: F-wide halves of dH, of which each gives one gradient in d_weight13; 1 in d_weight2.
+    """
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_weights:build"
+
+    kernel: WeightKernel
+    d: int
+    f: int
+    halves: int
+    dtype: Literal["bfloat16", "float16"]
+    tile: WeightTile
+
+    @property
+    def n(self) -> int:
+        """Columns of the operand that lies in order: A' or dH."""
+        return self.halves * self.f
+
+    @property
+    def n_tiles(self) -> int:
+        return -(-self.n // self.tile.tile_n)
+
+    @property
+    def m_units(self) -> int:
+        """How many clusters of tiles cover D."""
+        return -(-self.d // (TILE_M * self.tile.cluster))
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory, counted as the kernel lays them out."""
+        stage = (TILE_M + self.tile.tile_n) * TILE_K * ELEMENT_BYTES
+        buffers = WEIGHT_STORE_BUFFERS * WARPGROUP_ROWS * WEIGHT_SLAB * ELEMENT_BYTES
+        return 1024 + self.tile.stages * stage + buffers
+
+
+WEIGHT_SLAB = 64  # columns of one store: a 128-byte swizzle row
+WEIGHT_STORE_BUFFERS = 4  # two for each consumer warpgroup
+
+
+def why_illegal_weights(gemm: WeightGemm) -> str | None:
+    """The judge of ragged-K configurations: None if `gemm` can be compiled, else the reason."""
+    tile = gemm.tile
+    if gemm.d % TILE_K or gemm.f % TILE_K or gemm.d < TILE_K or gemm.f < TILE_K:
+        return f"D={gemm.d} and F={gemm.f} must be positive multiples of {TILE_K} (one swizzle row)"
+    if gemm.halves not in ((1,) if gemm.kernel == "d_weight2" else (1, 2)):
+        return f"halves={gemm.halves} is not 1 or 2 (d_weight2: 1)"
+    if not (tile.tile_n % WEIGHT_SLAB == 0 and WEIGHT_SLAB <= tile.tile_n <= 256):
+        return f"tile_n={tile.tile_n} is not a multiple of {WEIGHT_SLAB} up to 256 (one wgmma)"
+    if tile.cluster not in (1, CLUSTER):
+        return f"cluster={tile.cluster} is not 1 or {CLUSTER}"
+    if tile.stages < 2:
+        return "a pipeline needs two stages"
+    if gemm.shared_memory > SHARED_MEMORY_LIMIT:
+        return f"{gemm.shared_memory} bytes of shared memory exceed {SHARED_MEMORY_LIMIT}"
+    return None
+
+
+WEIGHT_STAGES = {256: 4, 192: 4, 128: 6, 64: 8}  # as many as fit, by tile_n
+# An odd tile along D leaves one CTA of the last cluster idle: worth it from this many tiles on.
+WEIGHT_CLUSTER_TILES = 8
+
+
+def pick_weights(
+    kernel: WeightKernel,
+    *,
+    d: int,
+    f: int,
+    halves: int = 1,
+    dtype: Literal["bfloat16", "float16"] = "bfloat16",
+) -> WeightGemm:
+    """The configuration of a ragged-K kernel on sm_90a.
+
+    Raises:
+        ValueError: no configuration is legal; the message says why.
+    """
+    m_tiles = -(-d // TILE_M)
+    cluster = CLUSTER if m_tiles % CLUSTER == 0 or m_tiles >= WEIGHT_CLUSTER_TILES else 1
+    candidates = [
+        WeightGemm(kernel, d, f, halves, dtype, WeightTile(tile_n, stages, cluster))
+        for tile_n, stages in WEIGHT_STAGES.items()
+    ]
+    reason = why_illegal_weights(candidates[0])
+    if reason is not None:
+        raise ValueError(f"{kernel}: {reason}")
+    return min(
+        candidates, key=lambda gemm: gemm.n_tiles * gemm.tile.tile_n * COLUMN_COST[gemm.tile.tile_n]
+    )
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """Everything an aggregation kernel is compiled for. Never T or R.
+
+    rows_per_token: K when every token owns exactly K rows, else None. weighted: rows are multiplied
+    by their score. residual: a (T, D) tensor is added to the sums.
+    """
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_aggregate:build"
+    kernel: ClassVar[str] = "aggregate"
+
+    d: int
+    dtype: Literal["bfloat16", "float16"]
+    rows_per_token: int | None
+    weighted: bool
+    residual: bool = False

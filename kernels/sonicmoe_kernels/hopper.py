@@ -1,0 +1,121 @@
+"""The hopper backend's host side: launches the kernels on torch tensors, on the current stream.
+
+Legend: T tokens, D model width, F expert width, E experts, R routed rows (static bound R_max),
+halves 2 when the activation is gated.
+
+Every function launches one kernel into tensors its caller allocated; nothing here waits for the
+device or reads from it. Rows in [R, R_max) of every tensor stay as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels.tiles import CLUSTER, RowGemm, RowKernel, pick_rows
+
+__all__ = ["d_hidden", "d_input_rows", "down", "dscore_parts", "up"]
+
+_DTYPES: dict[torch.dtype, Literal["bfloat16", "float16"]] = {
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+@functools.cache
+def _num_ctas(device_index: int) -> int:
+    """One CTA a multiprocessor, in whole clusters."""
+    count = torch.cuda.get_device_properties(device_index).multi_processor_count
+    return count // CLUSTER * CLUSTER
+
+
+@functools.cache
+def row_gemm(
+    kernel: RowKernel, d: int, f: int, num_experts: int, dtype: torch.dtype, activation: str
+) -> RowGemm:
+    """The configuration that serves these sizes."""
+    return pick_rows(
+        kernel, d=d, f=f, num_experts=num_experts, dtype=_DTYPES[dtype], activation=activation
+    )
+
+
+def _gemm_of(kernel: RowKernel, w1_EFD: Tensor, activation: str) -> RowGemm:
+    num_experts, f, d = w1_EFD.shape
+    return row_gemm(kernel, d, f, num_experts, w1_EFD.dtype, activation)
+
+
+def up(
+    x_TD: Tensor,
+    token_idx_R: Tensor,
+    expert_offsets: Tensor,
+    w1_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    h_RHF: Tensor,
+    a_RF: Tensor,
+    *,
+    activation: str,
+) -> None:
+    """Kernel 1: writes H = X[idx] [W1; W3]^T and A = act(H)."""
+    kernel = kernel_cache.load(_gemm_of("up", w1_EFD, activation))
+    ctas = _num_ctas(x_TD.device.index)
+    kernel(x_TD, token_idx_R, expert_offsets, w1_EFD, w3_EFD, h_RHF, a_RF, ctas)
+
+
+def down(
+    a_RF: Tensor, expert_offsets: Tensor, w2_EDF: Tensor, y_RD: Tensor, *, activation: str
+) -> None:
+    """Kernel 2: writes Y = A W2^T."""
+    kernel = kernel_cache.load(_gemm_of("down", w2_EDF.transpose(1, 2), activation))
+    kernel(a_RF, expert_offsets, w2_EDF, y_RD, _num_ctas(a_RF.device.index))
+
+
+def dscore_parts(w2_EDF: Tensor, activation: str) -> int:
+    """Number of partial sums of dS per row that `d_hidden` writes."""
+    return _gemm_of("d_hidden", w2_EDF.transpose(1, 2), activation).n_tiles
+
+
+def d_hidden(
+    dout_TD: Tensor,
+    token_idx_R: Tensor,
+    expert_offsets: Tensor,
+    w2_EDF: Tensor,
+    score_R: Tensor,
+    h_RHF: Tensor,
+    dh_RHF: Tensor,
+    a_scaled_RF: Tensor,
+    dscore_NR: Tensor,
+    *,
+    activation: str,
+) -> None:
+    """Kernel 4: writes dH (which may be H itself), A' = s A and dS in parts (parts, R_max)."""
+    kernel = kernel_cache.load(_gemm_of("d_hidden", w2_EDF.transpose(1, 2), activation))
+    kernel(
+        dout_TD,
+        token_idx_R,
+        expert_offsets,
+        w2_EDF,
+        score_R,
+        h_RHF,
+        dh_RHF,
+        a_scaled_RF,
+        dscore_NR,
+        _num_ctas(dout_TD.device.index),
+    )
+
+
+def d_input_rows(
+    dh_RHF: Tensor,
+    expert_offsets: Tensor,
+    w1_EFD: Tensor,
+    w3_EFD: Tensor | None,
+    dx_RD: Tensor,
+    *,
+    activation: str,
+) -> None:
+    """Kernel 6: writes dX~ = dH [W1; W3]."""
+    kernel = kernel_cache.load(_gemm_of("d_input", w1_EFD, activation))
+    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, _num_ctas(dh_RHF.device.index))
