@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
+from sonicmoe_kernels.moe import moe_experts
+from sonicmoe_kernels.routing import RoutingPlan, token_rounding_plan
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchtitan.config import derive
@@ -21,6 +24,7 @@ from torchtitan.models.common.moe import (
 )
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
+from sonicmoe_titan.expert_parallel import expert_parallel
 from sonicmoe_titan.model_args import Backend, Rounding, Router
 from sonicmoe_titan.router import Float32Gate, SonicRouter
 from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats
@@ -57,6 +61,7 @@ class SonicRoutedExperts(RoutedExperts):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
+        self.ep_group: dist.ProcessGroup | None = None
 
     def forward(
         self,
@@ -78,8 +83,6 @@ class SonicRoutedExperts(RoutedExperts):
         Returns:
             (B, L, D) in the dtype of x.
         """
-        from sonicmoe_kernels.moe import moe_experts
-
         x_TD = x_BLD.flatten(0, 1)
         plan = self._plan(
             topk_expert_ids_BLK.flatten(0, 1),
@@ -87,12 +90,19 @@ class SonicRoutedExperts(RoutedExperts):
             scores_BLE.flatten(0, 1),
         )
         w1, w3, w2 = self.inner_experts.local_weights(x_TD.dtype)
-        out_TD = moe_experts(x_TD, w1, w3, w2, plan, backend=self.config.backend)
+
+        def experts(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+            return moe_experts(x_TD, w1, w3, w2, plan, backend=self.config.backend)
+
+        if self.ep_group is None:
+            out_TD = experts(x_TD, plan)
+        else:
+            out_TD = expert_parallel(
+                x_TD, plan, experts, group=self.ep_group, redispatch_x=self.config.redispatch_x
+            )
         return out_TD.view_as(x_BLD)
 
-    def _plan(self, ids_TK: Tensor, scores_TK: Tensor, scores_TE: Tensor) -> Any:
-        from sonicmoe_kernels.routing import RoutingPlan, token_rounding_plan
-
+    def _plan(self, ids_TK: Tensor, scores_TK: Tensor, scores_TE: Tensor) -> RoutingPlan:
         if self.config.router == "topk" or not self.training:
             num_experts = scores_TE.shape[1]
             return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=num_experts)
@@ -109,6 +119,8 @@ class SonicRoutedExperts(RoutedExperts):
         if self._sharding_config is not None:
             self._sharding_config = _with_scores_input(self._sharding_config)
         super().parallelize(parallel_dims)
+        ep_mesh = parallel_dims.get_optional_mesh("ep")
+        self.ep_group = None if ep_mesh is None else ep_mesh.get_group()
 
 
 def _with_scores_input(config: ShardingConfig) -> ShardingConfig:

@@ -1,0 +1,305 @@
+"""Real trainers on real gloo process groups, many short runs in one launch.
+
+`launch` starts the ranks once; each rank goes through a list of runs with TorchTitan's own trainer
+(its meshes, FSDP, pipeline schedules, checkpointing, optimizer) on random tokens and returns the
+losses. Starting Python and importing TorchTitan costs more than the runs themselves.
+"""
+
+import dataclasses
+import fcntl
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import sonicmoe_titan  # prepares TorchTitan for the CPU  # noqa: F401
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torchtitan.components.checkpoint import CheckpointManager
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.loss import CrossEntropyLoss
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.optimizer import LRSchedulersContainer
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.config import (
+    CompileConfig,
+    DebugConfig,
+    ParallelismConfig,
+    TrainingConfig,
+    derive,
+)
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.linear import Linear
+from torchtitan.models.common.moe import (
+    GroupedExperts,
+    MoE,
+    RoutedExperts,
+    TokenChoiceTopKRouter,
+)
+from torchtitan.tools.utils import device_type
+
+from sonicmoe_titan.model_args import ModelArgs
+from sonicmoe_titan.moe import SonicMoE
+from sonicmoe_titan.optimizer import AdamW
+from sonicmoe_titan.trainer import SonicTrainer
+
+ARGS = ModelArgs(
+    num_layers=2,
+    dim=64,
+    num_heads=4,
+    expert_dim=32,
+    num_experts=8,
+    top_k=2,
+    vocab_size=128,
+    rounding_tile=16,
+)
+SEQ_LEN = 64
+
+
+class RandomTokens(BaseDataLoader):
+    """The same random batches in every run, different on every data-parallel rank."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseDataLoader.Config):
+        pass
+
+    def __init__(
+        self, config: Config, *, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
+    ) -> None:
+        self.generator = torch.Generator().manual_seed(100 + dp_rank)
+        self.shape = (local_batch_size, seq_len + 1)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        while True:
+            # half of the vocabulary never shows up, so that there is something to learn
+            tokens = torch.randint(0, ARGS.vocab_size // 2, self.shape, generator=self.generator)
+            yield {"input": tokens[:, :-1]}, tokens[:, 1:]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
+
+class NoTokenizer(BaseTokenizer):
+    @dataclass(kw_only=True, slots=True)
+    class Config(BaseTokenizer.Config):
+        pass
+
+    def __init__(self, config: Config, **_: Any) -> None:
+        super().__init__()
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
+        return []
+
+    def decode(self, *args: Any, **kwargs: Any) -> str:
+        return ""
+
+    def get_vocab_size(self) -> int:
+        return ARGS.vocab_size
+
+
+class ProbeTrainer(SonicTrainer):
+    """The trainer, inside a process group that outlives it, noting every step's global loss."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(SonicTrainer.Config):
+        pass
+
+    def init_distributed(self) -> ParallelDims:
+        self.losses: list[float] = []
+        return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
+
+    def train_step(self, data_iterator: Any) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64)
+        super().train_step(data_iterator)
+        dist.all_reduce(self.loss)
+        self.losses.append(self.loss.item() / self.parallel_dims.tp)
+
+    def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
+        loss = super().forward_backward_step(**kwargs)
+        if not self.parallel_dims.pp_enabled or self.pp_has_last_stage:
+            self.loss += loss.detach().double().sum()
+        return loss
+
+
+@dataclass(frozen=True)
+class Run:
+    """One short training run.
+
+    `stock` swaps the blocks for TorchTitan's own; `float32` lets everything compute in float32,
+    stock's experts included; `inspect` is called with the trainer after the last step and its
+    result is returned too.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    parallelism: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    stock: bool = False
+    float32: bool = False
+    compiled: bool = False
+    steps: int = 3
+    inspect: Callable[[ProbeTrainer], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    losses: list[float]
+    inspected: Any = None
+
+
+def train(run: Run) -> Result:
+    """Execute a run on this rank's process group."""
+    config = ProbeTrainer.Config(
+        model=dataclasses.replace(ARGS, **run.model),
+        loss=CrossEntropyLoss.Config(),
+        metrics=MetricsProcessor.Config(log_freq=1),
+        tokenizer=NoTokenizer.Config(),
+        dataloader=RandomTokens.Config(),
+        optimizer=AdamW.Config(lr=1e-3),
+        lr_scheduler=LRSchedulersContainer.Config(warmup_steps=1),
+        training=TrainingConfig(
+            **{
+                "local_batch_size": 2,
+                "seq_len": SEQ_LEN,
+                "steps": run.steps,
+                "disable_cuda_graphs": True,
+                "mixed_precision_param": "float32" if run.float32 else "bfloat16",
+                **run.training,
+            }
+        ),
+        parallelism=ParallelismConfig(**run.parallelism),
+        checkpoint=CheckpointManager.Config(enable=False),
+        compile=CompileConfig(enable=run.compiled, backend="aot_eager"),
+        debug=DebugConfig(seed=1),
+        **{"activation_checkpoint": None, **run.trainer},
+    )
+    if run.stock:
+        layers = config.model_spec.model.layers
+        for layer in layers:
+            layer.moe = to_stock(layer.moe)
+    experts_forward = GroupedExperts.forward
+    if run.float32:
+        GroupedExperts.forward = _without_bfloat16(experts_forward)
+    torch._dynamo.reset()
+    # equal meshes of two runs are different objects, and DTensor's cache hands out the older one
+    _clear_sharding_prop_cache()
+    try:
+        trainer = config.build()
+        iterator = trainer.batch_generator(trainer.dataloader)
+        for _ in range(run.steps):
+            trainer.step += 1
+            trainer.train_step(iterator)
+        inspected = None if run.inspect is None else run.inspect(trainer)
+        return Result(trainer.losses, inspected)
+    finally:
+        GroupedExperts.forward = experts_forward
+
+
+def to_stock(cfg: SonicMoE.Config) -> MoE.Config:
+    """TorchTitan's own block with the same sizes."""
+    experts = cfg.routed_experts
+    return derive(
+        cfg,
+        MoE.Config,
+        router=derive(
+            cfg.router, TokenChoiceTopKRouter.Config, gate=derive(cfg.router.gate, Linear.Config)
+        ),
+        routed_experts=derive(
+            experts,
+            RoutedExperts.Config,
+            inner_experts=derive(experts.inner_experts, GroupedExperts.Config),
+        ),
+    )
+
+
+def _without_bfloat16(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Stock's experts without their casts: `Tensor.bfloat16` is the identity while they run."""
+
+    def patched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        original = torch.Tensor.bfloat16
+        torch.Tensor.bfloat16 = lambda self: self
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.Tensor.bfloat16 = original
+
+    return patched
+
+
+def launch(runs: dict[str, Run], *, ranks: int, folder: Path) -> dict[str, list[Result]]:
+    """Train every run on `ranks` processes; name -> one Result per rank.
+
+    Once per `folder` even when pytest's workers ask at the same time. A run that fails is returned
+    as the traceback's text in place of its results.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "rank0.pt"
+        if not done.exists():
+            _spawn(ranks, folder, runs)
+        outcomes = [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(ranks)]
+    return {name: [outcome[name] for outcome in outcomes] for name in runs}
+
+
+def _spawn(ranks: int, folder: Path, runs: dict[str, Run]) -> None:
+    torch.save(runs, folder / "runs.pt")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
+    processes = []
+    for rank in range(ranks):
+        log = open(folder / f"rank{rank}.log", "w")  # noqa: SIM115
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.titan.distributed", str(folder)],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=Path(__file__).parents[2],
+            )
+        )
+    try:
+        codes = [process.wait(timeout=600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        tail = (folder / "rank0.log").read_text()[-4000:]
+        raise RuntimeError(f"ranks exited with {codes}; the end of rank 0's log:\n{tail}")
+
+
+def _main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )
+    assert device_type == "cpu"
+    outcomes = {}
+    for name, run in torch.load(folder / "runs.pt", weights_only=False).items():
+        try:
+            outcomes[name] = train(run)
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+            print(name, outcomes[name], flush=True)
+    torch.save(outcomes, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # under its importable name, so that what it pickles can be read elsewhere
+    from tests.titan import distributed
+
+    distributed._main(Path(sys.argv[1]))
