@@ -2,8 +2,8 @@
 
     out_TD[t] = sum over rows r of token t of (score_R[r] *) y_RD[r]  (+ add_TD[t])
 
-Kernel 3 (the layer's output) is weighted, kernel 8 (the input's gradient) is not. No atomics and a
-fixed order of additions (the order of token_rows_R, then add_TD), so results are bitwise repeatable.
+Kernel 3 (the layer's output) is weighted, kernel 8 (the input's gradient) is not. No atomics, and
+a fixed order of additions (that of token_rows_R, then add_TD): results are bitwise repeatable.
 
 Legend
     T tokens, D model width, R routed rows, K rows of one token
@@ -11,51 +11,52 @@ Legend
     chunk: 8 elements, 16 bytes: what one thread reads from each row
 """
 
-from typing import Optional
-
 import cutlass
 import cutlass.cute as cute
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, const_expr
 
-CHUNK = 8  # elements of one 16-byte load
-CHUNK_BITS = 128
+from sonicmoe_kernels.tiles import Aggregation
+
+CHUNK = 8  # elements of one load
+CHUNK_BYTES = 16
 THREADS = 256
-# Rows a thread has in flight before it adds the first: 16 x 16 bytes still leave 24 warps on an SM.
-FIXED_ROWS_IN_FLIGHT = 16
-RAGGED_ROWS_IN_FLIGHT = 8
+ROWS_IN_FLIGHT = 8  # rows a thread asks for before it adds the first; 4, 8, 16: same time (H100)
 
 
 class Aggregate:
     """Sum of each token's rows, one thread for each 16-byte chunk of the output.
 
     Reads R*D*2 bytes of y (+ T*D*2 of add), 4R of row ids (+ 4R of scores, 4T of offsets), writes
-    T*D*2. FLOPs: 2RD. No shared memory, no warp roles; the T*D/8 threads are laid out flat, so every
-    D that is a multiple of 8 fills whole warps. T*D/8 must stay below 2^31.
+    T*D*2. FLOPs: 2RD. No shared memory, no warp roles; the T*D/8 threads are laid out flat, so
+    every D that is a multiple of 8 fills whole warps. T*D/8 must stay below 2^31.
 
-    rows_per_token: K when token t owns exactly token_rows_R[t*K : (t+1)*K], None for a CSR over
-    token_offsets. Compiled for (dtype, D, rows_per_token, weighted, residual) only, never for T or R.
+    spec.rows_per_token: K when token t owns exactly token_rows_R[t*K : (t+1)*K], None for a CSR
+    over token_offsets.
+
+    Measured on an H100 (2026-11-22), weighted, in one run with a copy of 3.01 TB/s: K = 8, D = 1536
+    2.87 TB/s, D = 768 2.83; D = 4096 K = 4 3.00, K = 16 2.97; ragged 2.81 to 2.97.
     """
 
-    def __init__(self, D: int, *, rows_per_token: int | None, weighted: bool, residual: bool):
-        if D <= 0 or D % CHUNK:
-            raise ValueError(f"aggregation: D = {D}, but D must be a positive multiple of {CHUNK}")
-        if rows_per_token is not None and rows_per_token <= 0:
-            raise ValueError(f"aggregation: rows_per_token = {rows_per_token}, but it must be >= 1")
-        self.D = D
-        self.chunks = D // CHUNK
-        self.rows_per_token = rows_per_token
-        self.weighted = weighted
-        self.residual = residual
+    def __init__(self, spec: Aggregation):
+        if spec.d <= 0 or spec.d % CHUNK:
+            raise ValueError(f"aggregation: D = {spec.d}, but D must be a multiple of {CHUNK}")
+        if spec.rows_per_token is not None and spec.rows_per_token <= 0:
+            raise ValueError(f"aggregation: rows_per_token = {spec.rows_per_token}, but at least 1")
+        self.D = spec.d
+        self.chunks = spec.d // CHUNK
+        self.rows_per_token = spec.rows_per_token
+        self.weighted = spec.weighted
+        self.residual = spec.residual
 
     @cute.jit
     def __call__(
         self,
         mY_RD: cute.Tensor,
         mTokenRows_R: cute.Tensor,
-        mTokenOffsets: Optional[cute.Tensor],
-        mScore_R: Optional[cute.Tensor],
-        mAdd_TD: Optional[cute.Tensor],
+        mTokenOffsets: cute.Tensor | None,
+        mScore_R: cute.Tensor | None,
+        mAdd_TD: cute.Tensor | None,
         mOut_TD: cute.Tensor,
         stream: CUstream,
     ):
@@ -69,9 +70,9 @@ class Aggregate:
         self,
         mY_RD: cute.Tensor,
         mTokenRows_R: cute.Tensor,
-        mTokenOffsets: Optional[cute.Tensor],
-        mScore_R: Optional[cute.Tensor],
-        mAdd_TD: Optional[cute.Tensor],
+        mTokenOffsets: cute.Tensor | None,
+        mScore_R: cute.Tensor | None,
+        mAdd_TD: cute.Tensor | None,
         mOut_TD: cute.Tensor,
     ):
         thread, _, _ = cute.arch.thread_idx()
@@ -86,17 +87,17 @@ class Aggregate:
             if const_expr(self.residual):
                 self.load_chunk(mAdd_TD, token, chunk, rAdd)
             if const_expr(self.rows_per_token is not None):
-                for start in cutlass.range_constexpr(0, self.rows_per_token, FIXED_ROWS_IN_FLIGHT):
-                    count = min(FIXED_ROWS_IN_FLIGHT, self.rows_per_token - start)
+                for start in cutlass.range_constexpr(0, self.rows_per_token, ROWS_IN_FLIGHT):
+                    count = min(ROWS_IN_FLIGHT, self.rows_per_token - start)
                     first = token * self.rows_per_token + start
                     self.add_rows(mY_RD, mTokenRows_R, mScore_R, chunk, first, count, None, rSum)
             else:
                 first = mTokenOffsets[token]
                 end = mTokenOffsets[token + 1]
                 while first < end:
-                    count = RAGGED_ROWS_IN_FLIGHT
+                    count = ROWS_IN_FLIGHT
                     self.add_rows(mY_RD, mTokenRows_R, mScore_R, chunk, first, count, end, rSum)
-                    first += RAGGED_ROWS_IN_FLIGHT
+                    first += ROWS_IN_FLIGHT
             if const_expr(self.residual):
                 rSum.store(rSum.load() + rAdd.load().to(Float32))
             rOut = cute.make_rmem_tensor(CHUNK, mOut_TD.element_type)
@@ -108,11 +109,11 @@ class Aggregate:
         self,
         mY_RD: cute.Tensor,
         mTokenRows_R: cute.Tensor,
-        mScore_R: Optional[cute.Tensor],
+        mScore_R: cute.Tensor | None,
         chunk: Int32,
         first: Int32,
         count: cutlass.Constexpr,
-        end: Optional[Int32],
+        end: Int32 | None,
         rSum: cute.Tensor,
     ):
         """Add rows mTokenRows_R[first : first + count], cut at `end`; all loads before all sums."""
@@ -138,7 +139,7 @@ class Aggregate:
         self,
         mY_RD: cute.Tensor,
         mTokenRows_R: cute.Tensor,
-        mScore_R: Optional[cute.Tensor],
+        mScore_R: cute.Tensor | None,
         chunk: Int32,
         first: Int32,
         i: cutlass.Constexpr,
@@ -163,6 +164,6 @@ class Aggregate:
     @cute.jit
     def copy_16_bytes(self, source: cute.Tensor, target: cute.Tensor):
         atom = cute.make_copy_atom(
-            cute.nvgpu.CopyUniversalOp(), source.element_type, num_bits_per_copy=CHUNK_BITS
+            cute.nvgpu.CopyUniversalOp(), source.element_type, num_bits_per_copy=8 * CHUNK_BYTES
         )
         cute.copy(atom, source, target)

@@ -1,0 +1,480 @@
+"""Kernels 5 and 7, the weight gradients: a grouped GEMM whose inner dimension is an expert's rows.
+
+    kernel 5: dW2_EDF[e] = dO[idx_e]^T A'_e             gathered dO, streamed A' (R, F)
+    kernel 7: dW1_EFD[e], dW3_EFD[e] = dH_e^T X[idx_e]  gathered X, streamed dH (R, halves, F)
+
+Both are one product G^T S per expert: G (rows, D) is gathered by token, S (rows, N) lies in order,
+N = F or halves * F. Kernel 7 stores the product transposed, each half's columns to its own tensor.
+
+Legend
+    T tokens, D model width, F expert width, E experts, R routed rows, N columns of S
+    M, N, K: a tile's part of D, of N and of an expert's rows; slab: 64 columns of N
+    unit: what one cluster computes at once, `cluster` tiles that are neighbours along D
+"""
+
+import cutlass
+import cutlass.cute as cute
+import cutlass.pipeline as pipeline
+import cutlass.utils.hopper_helpers as sm90
+from cuda.bindings.driver import CUstream
+from cutlass import Float32, Int16, Int32, Int64, const_expr
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.tensor_utils import LayoutEnum
+
+from sonicmoe_kernels.cute.gather_k import (
+    GATHER_THREADS,
+    gather_tile_k,
+    load_row_index,
+    row_of_lane,
+)
+from sonicmoe_kernels.cute.tma_ragged import BIG, ragged_view
+from sonicmoe_kernels.tiles import (
+    THREADS,
+    TILE_K,
+    TILE_M,
+    WARPGROUP_ROWS,
+    WEIGHT_SLAB,
+    WEIGHT_STORE_BUFFERS,
+    WeightGemm,
+)
+
+WARPGROUP = 128
+CONSUMERS = 2  # warpgroups of 64 rows of the tile
+ROWS = WARPGROUP_ROWS
+SLAB = WEIGHT_SLAB
+STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
+PRODUCER_REGISTERS = 56
+CONSUMER_REGISTERS = 224
+BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
+
+
+class GroupedGemmK:
+    """Persistent, warp specialised: one producer warpgroup, two consumers of 64 x tile_n sums.
+
+    The producer gathers G with cp.async (all four warps) and loads S by TMA (one lane), multicast
+    in a cluster, whose tiles share it. Both operands are M-major in shared memory. Past an expert's
+    end both are zeros (0 x NaN would be NaN): the gather fills zeros, and the tensor map of S ends
+    where the expert does. An expert without rows runs one k tile of zeros: its gradient is written.
+
+    Reads R*D*2 bytes of G for each of the n tiles and R*N*2 of S for each m unit, mostly from L2;
+    writes E*D*N*2. FLOPs: 2*R*D*N. Shared memory per stage: (128 + tile_n) * 128 bytes.
+    """
+
+    def __init__(self, gemm: WeightGemm):
+        self.D, self.F, self.N = gemm.d, gemm.f, gemm.n
+        self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[gemm.dtype]
+        self.outputs = gemm.halves
+        self.transposed = gemm.kernel == "d_weight13"
+        self.tile_n = gemm.tile.tile_n
+        self.stages = gemm.tile.stages
+        self.cluster = gemm.tile.cluster
+        self.n_tiles = gemm.n_tiles
+        self.units_per_expert = gemm.m_units * gemm.n_tiles
+
+    @cute.jit
+    def __call__(
+        self,
+        mG_TD: cute.Tensor,
+        mIndex_R: cute.Tensor,
+        mExpertOffsets: cute.Tensor,
+        mS_RN: cute.Tensor,
+        mOut: cute.Tensor,
+        mOut2: cute.Tensor | None,
+        num_ctas: Int32,
+        stream: CUstream,
+    ):
+        tile = (TILE_M, self.tile_n, TILE_K)
+        mma = sm90.make_trivial_tiled_mma(
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.MN,
+            OperandMajorMode.MN,
+            Float32,
+            (CONSUMERS, 1, 1),
+            (ROWS, self.tile_n),
+        )
+        mma_slab = sm90.make_trivial_tiled_mma(
+            self.dtype,
+            self.dtype,
+            OperandMajorMode.MN,
+            OperandMajorMode.MN,
+            Float32,
+            (1, 1, 1),
+            (ROWS, SLAB),
+        )
+        layout_g = sm90.make_smem_layout_a(LayoutEnum.COL_MAJOR, tile, self.dtype, self.stages)
+        layout_s = sm90.make_smem_layout_b(LayoutEnum.COL_MAJOR, tile, self.dtype, self.stages)
+        order = LayoutEnum.COL_MAJOR if const_expr(self.transposed) else LayoutEnum.ROW_MAJOR
+        layout_out = sm90.make_smem_layout_epi(
+            self.dtype, order, (ROWS, SLAB), CONSUMERS * STORE_BUFFERS
+        )
+
+        rows_first = ragged_view(mS_RN.iterator, (self.N,), (1,), self.N)
+        ragged_s = cute.make_tensor(
+            rows_first.iterator, cute.select(rows_first.layout, mode=[1, 0, 2, 3])
+        )
+        load_s, tma_s = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileG2SMulticastOp()
+            if const_expr(self.cluster > 1)
+            else cpasync.CopyBulkTensorTileG2SOp(),
+            ragged_s,
+            cute.slice_(layout_s, (None, None, 0)),
+            (self.tile_n, TILE_K),
+            num_multicast=self.cluster,
+        )
+        store, tma_out = self.make_store(mOut, layout_out)
+        store2, tma_out2 = store, tma_out
+        if const_expr(self.outputs == 2):
+            store2, tma_out2 = self.make_store(mOut2, layout_out)
+
+        @cute.struct
+        class Storage:
+            barriers: cute.struct.MemRange[Int64, 2 * self.stages]
+            sG: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_g)], 1024]
+            sS: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_s)], 1024]
+            sOut: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_out)], 1024]
+
+        self.Storage = Storage
+        num_experts = mOut.shape[0]
+        self.kernel(
+            mG_TD,
+            mIndex_R,
+            mExpertOffsets,
+            load_s,
+            tma_s,
+            store,
+            tma_out,
+            store2,
+            tma_out2,
+            num_experts,
+            mma,
+            mma_slab,
+            layout_g,
+            layout_s,
+            layout_out,
+        ).launch(
+            grid=[num_ctas, 1, 1],
+            block=[THREADS, 1, 1],
+            cluster=[self.cluster, 1, 1],
+            min_blocks_per_mp=1,
+            stream=stream,
+        )
+
+    @cute.jit
+    def make_store(self, mOut: cute.Tensor, layout_out: cute.ComposedLayout):
+        """TMA store of 64 x 64 pieces of (D, F, E), whichever of D and F is contiguous."""
+        stride = (1, self.D) if const_expr(self.transposed) else (self.F, 1)
+        view = cute.make_tensor(
+            mOut.iterator,
+            cute.make_layout(
+                (self.D, self.F, mOut.shape[0]), stride=(*stride, Int64(self.D * self.F))
+            ),
+        )
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(),
+            view,
+            cute.slice_(layout_out, (None, None, 0)),
+            (ROWS, SLAB),
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mG_TD: cute.Tensor,
+        mIndex_R: cute.Tensor,
+        mExpertOffsets: cute.Tensor,
+        load_s: cute.CopyAtom,
+        tma_s: cute.Tensor,
+        store: cute.CopyAtom,
+        tma_out: cute.Tensor,
+        store2: cute.CopyAtom,
+        tma_out2: cute.Tensor,
+        num_experts: Int32,
+        mma: cute.TiledMma,
+        mma_slab: cute.TiledMma,
+        layout_g: cute.ComposedLayout,
+        layout_s: cute.ComposedLayout,
+        layout_out: cute.ComposedLayout,
+    ):
+        thread = cute.arch.thread_idx()[0]
+        warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        role = cute.arch.make_warp_uniform(thread // WARPGROUP)
+        if warp_index == 0:
+            cpasync.prefetch_descriptor(load_s)
+            cpasync.prefetch_descriptor(store)
+            if const_expr(self.outputs == 2):
+                cpasync.prefetch_descriptor(store2)
+        storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
+        rank = Int32(0)
+        if const_expr(self.cluster > 1):
+            rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        ring = pipeline.PipelineTmaAsync.create(
+            barrier_storage=storage.barriers.data_ptr(),
+            num_stages=self.stages,
+            # One arrival that expects the bytes of S, and one for each thread that gathers.
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 1 + GATHER_THREADS),
+            consumer_group=pipeline.CooperativeGroup(
+                pipeline.Agent.Thread, CONSUMERS * (WARPGROUP // 32) * self.cluster
+            ),
+            tx_count=self.tile_n * TILE_K * self.dtype.width // 8,
+            cta_layout_vmnk=cute.make_layout((1, self.cluster, 1, 1)),
+            defer_sync=True,
+        )
+        cute.arch.mbarrier_init_fence()
+        if const_expr(self.cluster > 1):
+            cute.arch.cluster_arrive_relaxed()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
+        sG = storage.sG.get_tensor(layout_g.outer, swizzle=layout_g.inner)
+        sS = storage.sS.get_tensor(layout_s.outer, swizzle=layout_s.inner)
+        sOut = storage.sOut.get_tensor(layout_out.outer, swizzle=layout_out.inner)
+        units = num_experts * self.units_per_expert
+        if role == 0:
+            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            self.produce(
+                ring,
+                mG_TD,
+                mIndex_R,
+                mExpertOffsets,
+                load_s,
+                tma_s,
+                sG,
+                sS,
+                units,
+                rank,
+                warp_index,
+            )
+        else:
+            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            self.consume(
+                ring,
+                mExpertOffsets,
+                mma,
+                mma_slab,
+                store,
+                tma_out,
+                store2,
+                tma_out2,
+                sG,
+                sS,
+                sOut,
+                units,
+                rank,
+                role - 1,
+            )
+        if const_expr(self.cluster > 1):
+            # A CTA's barriers must outlive the last release that its neighbour sends it.
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    @cute.jit
+    def first_unit(self):
+        return cute.arch.block_idx()[0] // self.cluster
+
+    @cute.jit
+    def unit_step(self):
+        return cute.arch.grid_dim()[0] // self.cluster
+
+    @cute.jit
+    def decode(self, unit: Int32, rank: Int32):
+        """(expert, m tile, n tile) of a unit: units of an expert are consecutive, n innermost."""
+        expert = unit // self.units_per_expert
+        local = unit - expert * self.units_per_expert
+        m_unit = local // self.n_tiles
+        return expert, m_unit * self.cluster + rank, local - m_unit * self.n_tiles
+
+    @cute.jit
+    def k_tiles(self, rows: Int32) -> Int32:
+        return cutlass.max((rows + (TILE_K - 1)) // TILE_K, 1)
+
+    @cute.jit
+    def produce(
+        self,
+        ring: pipeline.PipelineTmaAsync,
+        mG_TD: cute.Tensor,
+        mIndex_R: cute.Tensor,
+        mExpertOffsets: cute.Tensor,
+        load_s: cute.CopyAtom,
+        tma_s: cute.Tensor,
+        sG: cute.Tensor,
+        sS: cute.Tensor,
+        units: Int32,
+        rank: Int32,
+        warp_index: Int32,
+    ):
+        thread = cute.arch.thread_idx()[0]
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+        kept_row = row_of_lane(cute.arch.lane_idx(), warp_index, TILE_M)
+        stage_pointer = cute.recast_ptr(sG.iterator, dtype=self.dtype)  # without swizzle
+        everyone = Int16((1 << self.cluster) - 1)
+        unit = self.first_unit()
+        while unit < units:
+            expert, m, n = self.decode(unit, rank)
+            first = mExpertOffsets[expert]
+            rows = mExpertOffsets[expert + 1] - first
+            gS = cute.local_tile(
+                cute.domain_offset((0, BIG - rows), tma_s[None, None, BIG, first + rows]),
+                (self.tile_n, TILE_K),
+                (n, None),
+            )
+            tSsS, tSgS = cpasync.tma_partition(
+                load_s,
+                rank,
+                cute.make_layout(self.cluster),
+                cute.group_modes(sS, 0, 2),
+                cute.group_modes(gS, 0, 2),
+            )
+            index = load_row_index(mIndex_R, first, kept_row, rows)
+            for k in cutlass.range(self.k_tiles(rows), unroll=1):
+                next_row = (k + 1) * TILE_K + kept_row
+                next_index = load_row_index(mIndex_R, first, next_row, rows)
+                ring.sync_object_empty.wait(state.index, state.phase)
+                barrier = ring.producer_get_barrier(state)
+                if warp_index == 0:
+                    ring.sync_object_full.arrive(state.index, None)
+                    if const_expr(self.cluster > 1):
+                        cute.copy(
+                            load_s,
+                            tSgS[None, k],
+                            tSsS[None, state.index],
+                            tma_bar_ptr=barrier,
+                            mcast_mask=everyone,
+                        )
+                    else:
+                        cute.copy(
+                            load_s, tSgS[None, k], tSsS[None, state.index], tma_bar_ptr=barrier
+                        )
+                sTile = stage_pointer + state.index * (TILE_M * TILE_K)
+                gather_tile_k(mG_TD, index, m * TILE_M, sTile, thread, TILE_M, self.D)
+                cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
+                index = next_index
+                state.advance()
+            unit += self.unit_step()
+
+    @cute.jit
+    def consume(
+        self,
+        ring: pipeline.PipelineTmaAsync,
+        mExpertOffsets: cute.Tensor,
+        mma: cute.TiledMma,
+        mma_slab: cute.TiledMma,
+        store: cute.CopyAtom,
+        tma_out: cute.Tensor,
+        store2: cute.CopyAtom,
+        tma_out2: cute.Tensor,
+        sG: cute.Tensor,
+        sS: cute.Tensor,
+        sOut: cute.Tensor,
+        units: Int32,
+        rank: Int32,
+        consumer: Int32,
+    ):
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        thread_mma = mma.get_slice(consumer * WARPGROUP)
+        tCrG = mma.make_fragment_A(thread_mma.partition_A(sG))
+        tCrS = mma.make_fragment_B(thread_mma.partition_B(sS))
+        rSum = cute.make_rmem_tensor(mma.partition_shape_C((TILE_M, self.tile_n)), Float32)
+        copy_slab = cute.make_tiled_copy_C(
+            cute.make_copy_atom(warp.StMatrix8x8x16bOp(self.transposed, 4), self.dtype), mma_slab
+        )
+        thread_copy = copy_slab.get_slice(thread)
+        tRsOut = thread_copy.partition_D(sOut)
+        rSlab = cute.make_rmem_tensor(mma_slab.partition_shape_C((ROWS, SLAB)), self.dtype)
+        tRrSlab = thread_copy.retile(rSlab)
+        sum_per_slab = cute.size(rSlab)
+        warp_in_group = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        release = state.clone()
+        unit = self.first_unit()
+        while unit < units:
+            expert, m, n = self.decode(unit, rank)
+            k_tiles = self.k_tiles(mExpertOffsets[expert + 1] - mExpertOffsets[expert])
+            ring.consumer_wait(state)
+            cute.arch.fence_proxy("async.shared", space="cta")
+            self.multiply(mma, rSum, tCrG, tCrS, state.index, True)
+            state.advance()
+            for _ in cutlass.range(1, k_tiles, unroll=1):
+                ring.consumer_wait(state)
+                cute.arch.fence_proxy("async.shared", space="cta")
+                self.multiply(mma, rSum, tCrG, tCrS, state.index, False)
+                warpgroup.wait_group(1)
+                ring.consumer_release(release)
+                release.advance()
+                state.advance()
+            warpgroup.wait_group(0)
+            ring.consumer_release(release)
+            release.advance()
+            slabs = self.tile_n // SLAB
+            for c in cutlass.range_constexpr(slabs):
+                for i in cutlass.range_constexpr(sum_per_slab):
+                    rSlab[i] = rSum[c * sum_per_slab + i].to(self.dtype)
+                # An odd number of slabs uses buffer 0 twice in a row, last and first.
+                pending = 0 if const_expr(c == 0 and slabs % 2 == 1) else STORE_BUFFERS - 1
+                buffer = consumer * STORE_BUFFERS + c % STORE_BUFFERS
+                if warp_in_group == 0:
+                    cute.arch.cp_async_bulk_wait_group(pending, read=True)
+                cute.arch.barrier(barrier_id=BARRIER_STORE + consumer, number_of_threads=WARPGROUP)
+                cute.copy(copy_slab, tRrSlab, tRsOut[None, None, None, buffer])
+                cute.arch.fence_proxy("async.shared", space="cta")
+                cute.arch.barrier(barrier_id=BARRIER_STORE + consumer, number_of_threads=WARPGROUP)
+                row = m * CONSUMERS + consumer
+                slab = n * slabs + c
+                if warp_in_group == 0 and row * ROWS < self.D and slab * SLAB < self.N:
+                    if const_expr(self.outputs == 1):
+                        self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
+                    else:
+                        half_slabs = self.F // SLAB
+                        if slab < half_slabs:
+                            self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
+                        else:
+                            slab -= half_slabs
+                            self.store_slab(store2, tma_out2, sOut, buffer, row, slab, expert)
+                    cute.arch.cp_async_bulk_commit_group()
+            unit += self.unit_step()
+        if warp_in_group == 0:
+            cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def store_slab(
+        self,
+        store: cute.CopyAtom,
+        tma_out: cute.Tensor,
+        sOut: cute.Tensor,
+        buffer: Int32,
+        row: Int32,
+        slab: Int32,
+        expert: Int32,
+    ):
+        """Starts the store of 64 x 64 sums."""
+        gOut = cute.local_tile(tma_out, (ROWS, SLAB, 1), (row, slab, expert))
+        tOsOut, tOgOut = cpasync.tma_partition(
+            store,
+            0,
+            cute.make_layout(1),
+            cute.group_modes(sOut, 0, 2),
+            cute.group_modes(gOut, 0, 3),
+        )
+        cute.copy(store, tOsOut[None, buffer], tOgOut)
+
+    @cute.jit
+    def multiply(
+        self,
+        mma: cute.TiledMma,
+        rSum: cute.Tensor,
+        tCrG: cute.Tensor,
+        tCrS: cute.Tensor,
+        stage: Int32,
+        first: cutlass.Constexpr,
+    ):
+        """Starts rSum (+)= G^T S of one stage; the first stage of a tile overwrites rSum."""
+        warpgroup.fence()
+        atom = cute.make_mma_atom(mma.op)
+        atom.set(warpgroup.Field.ACCUMULATE, not first)
+        for block in cutlass.range_constexpr(cute.size(tCrG, mode=[2])):
+            cute.gemm(
+                atom, rSum, tCrG[None, None, block, stage], tCrS[None, None, block, stage], rSum
+            )
+            atom.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
