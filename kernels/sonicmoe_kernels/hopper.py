@@ -16,9 +16,27 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import compile as kernel_cache
-from sonicmoe_kernels.tiles import CLUSTER, RowGemm, RowKernel, pick_rows
+from sonicmoe_kernels.tiles import (
+    CLUSTER,
+    Aggregation,
+    RowGemm,
+    RowKernel,
+    WeightGemm,
+    WeightKernel,
+    pick_rows,
+    pick_weights,
+)
 
-__all__ = ["d_hidden", "d_input_rows", "down", "dscore_parts", "up"]
+__all__ = [
+    "aggregate",
+    "d_hidden",
+    "d_input_rows",
+    "d_weight2",
+    "d_weight13",
+    "down",
+    "dscore_parts",
+    "up",
+]
 
 _DTYPES: dict[torch.dtype, Literal["bfloat16", "float16"]] = {
     torch.bfloat16: "bfloat16",
@@ -119,3 +137,67 @@ def d_input_rows(
     """Kernel 6: writes dX~ = dH [W1; W3]."""
     kernel = kernel_cache.load(_gemm_of("d_input", w1_EFD, activation))
     kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, _num_ctas(dh_RHF.device.index))
+
+
+@functools.cache
+def weight_gemm(
+    kernel: WeightKernel, d: int, f: int, halves: int, dtype: torch.dtype
+) -> WeightGemm:
+    """The configuration that serves these sizes."""
+    return pick_weights(kernel, d=d, f=f, halves=halves, dtype=_DTYPES[dtype])
+
+
+def d_weight2(
+    dout_TD: Tensor,
+    token_idx_R: Tensor,
+    expert_offsets: Tensor,
+    a_scaled_RF: Tensor,
+    dw2_EDF: Tensor,
+) -> None:
+    """Kernel 5: writes dW2 = dO[idx]^T A' of every expert."""
+    _, d, f = dw2_EDF.shape
+    kernel = kernel_cache.load(weight_gemm("d_weight2", d, f, 1, dw2_EDF.dtype))
+    ctas = _num_ctas(dout_TD.device.index)
+    kernel(dout_TD, token_idx_R, expert_offsets, a_scaled_RF, dw2_EDF, None, ctas)
+
+
+def d_weight13(
+    x_TD: Tensor,
+    token_idx_R: Tensor,
+    expert_offsets: Tensor,
+    dh_RHF: Tensor,
+    dw1_EFD: Tensor,
+    dw3_EFD: Tensor | None,
+) -> None:
+    """Kernel 7: writes dW1 and dW3 = dH^T X[idx] of every expert; dW1 alone without gate."""
+    _, f, d = dw1_EFD.shape
+    halves = 1 if dw3_EFD is None else 2
+    kernel = kernel_cache.load(weight_gemm("d_weight13", d, f, halves, dw1_EFD.dtype))
+    ctas = _num_ctas(x_TD.device.index)
+    kernel(x_TD, token_idx_R, expert_offsets, dh_RHF, dw1_EFD, dw3_EFD, ctas)
+
+
+@functools.cache
+def aggregation(
+    d: int, dtype: torch.dtype, rows_per_token: int | None, weighted: bool, residual: bool
+) -> Aggregation:
+    """The configuration that serves these sizes."""
+    return Aggregation(d, _DTYPES[dtype], rows_per_token, weighted, residual)
+
+
+def aggregate(
+    y_RD: Tensor,
+    token_rows_R: Tensor,
+    token_offsets: Tensor,
+    out_TD: Tensor,
+    *,
+    rows_per_token: int | None,
+    score_R: Tensor | None = None,
+    add_TD: Tensor | None = None,
+) -> None:
+    """Kernels 3 and 8: writes the (weighted) sum of every token's rows, plus add_TD."""
+    spec = aggregation(
+        y_RD.shape[1], y_RD.dtype, rows_per_token, score_R is not None, add_TD is not None
+    )
+    offsets = token_offsets if rows_per_token is None else None
+    kernel_cache.load(spec)(y_RD, token_rows_R, offsets, score_R, add_TD, out_TD)
