@@ -46,7 +46,7 @@ def assign(config: Any, table: Table, *, prefix: str = "") -> Any:
 
     Raises ConfigError on an unknown key or a wrong type or value.
     """
-    annotations = _annotations(type(config))
+    annotations = annotations_of(type(config))
     changes = {}
     for key, given in table.items():
         name = f"{prefix}{key}"
@@ -64,7 +64,13 @@ def assign(config: Any, table: Table, *, prefix: str = "") -> Any:
             if isinstance(given, dict):
                 given = _plain(given)
             changes[key] = convert(given, annotation, name)
-    return dataclasses.replace(config, **changes)
+    try:
+        return dataclasses.replace(config, **changes)
+    except ConfigError:
+        raise
+    except ValueError as error:  # its own validation
+        table_name = "" if not prefix or prefix in str(error) else f"[{prefix[:-1]}] "
+        raise ValueError(f"{table_name}{error}") from None
 
 
 def kinds(annotation: Any) -> dict[str, type | None]:
@@ -74,7 +80,7 @@ def kinds(annotation: Any) -> dict[str, type | None]:
         if get_origin(option) is not Annotated:
             return {}
         base, *metadata = get_args(option)
-        names = [m.name for m in metadata if hasattr(m, "name") and hasattr(m, "constructor")]
+        names = [m.name for m in metadata if hasattr(m, "name") and hasattr(m, "prefix_name")]
         found[str(names[0])] = None if base is type(None) else base
     return found
 
@@ -224,7 +230,7 @@ def _override_imports(value: Any) -> list[OverrideImport]:
 
 
 def _construct(cls: Any, value: Table) -> Any:
-    annotations = _annotations(cls)
+    annotations = annotations_of(cls)
     for key in value:
         if key not in annotations:
             raise ValueError(f"unknown key {key}{nearest(key, annotations)}")
@@ -234,7 +240,7 @@ def _construct(cls: Any, value: Table) -> Any:
         raise ValueError(str(error).split("__init__() ")[-1]) from None
 
 
-def _annotations(cls: type) -> dict[str, Any]:
+def annotations_of(cls: type) -> dict[str, Any]:
     """Field name -> annotation, without the fields that only code may set."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
@@ -245,9 +251,9 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 
 def _is_suppressed(annotation: Any) -> bool:
-    return get_origin(annotation) is Annotated and tyro.conf.Suppress in [
-        Annotated[Any, option] for option in get_args(annotation)[1:]
-    ]
+    return get_origin(annotation) is Annotated and any(
+        option is tyro.conf.Suppress for option in get_args(annotation)[1:]
+    )
 
 
 def _is_union(annotation: Any) -> bool:

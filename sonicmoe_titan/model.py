@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchtitan.components.optimizer import register_moe_load_balancing_hook
 from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear
@@ -23,10 +24,10 @@ from torchtitan.models.common.config_utils import (
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
-from torchtitan.models.qwen3.state_dict_adapter import Qwen3StateDictAdapter
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 
+from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
 from sonicmoe_titan.model_args import ModelArgs
 from sonicmoe_titan.moe import SonicMoE, to_sonic
 from sonicmoe_titan.parallelize import parallelize_decoder
@@ -55,8 +56,24 @@ def build_model_spec(args: ModelArgs, *, seq_len: int, flavor: str = "decoder") 
         parallelize_fn=parallelize_decoder,
         pipelining_fn=pipeline_llm,
         post_optimizer_build_fn=register_moe_load_balancing_hook,
-        state_dict_adapter=Qwen3StateDictAdapter,
+        state_dict_adapter=SonicStateDictAdapter,
     )
+
+
+def with_sequence_positions(
+    input_dict: dict[str, Tensor], config: Qwen3Model.Config
+) -> dict[str, Tensor]:
+    """The loader's batch for this attention: positions count over the sequence without a mask.
+
+    Loaders number the tokens of every document from 0, which is right where attention masks other
+    documents. Causal attention over the whole sequence would see two tokens at one position.
+    """
+    attention = config.layers[0].attention.inner_attention
+    if not isinstance(attention, ScaledDotProductAttention.Config) or "positions" not in input_dict:
+        return input_dict
+    positions_BL = input_dict["positions"]
+    sequence_L = torch.arange(positions_BL.shape[1], device=positions_BL.device)
+    return {**input_dict, "positions": sequence_L.expand_as(positions_BL).contiguous()}
 
 
 def decoder_config(args: ModelArgs, *, seq_len: int) -> Qwen3Model.Config:

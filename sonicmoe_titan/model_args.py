@@ -153,6 +153,19 @@ class ModelArgs:
             )
 
 
+def parameter_counts(args: ModelArgs) -> tuple[int, int]:
+    """(total, active per token) parameters; tied embeddings count once."""
+    heads = args.head_width * (2 * args.num_heads + 2 * args.kv_heads)
+    attention = args.dim * heads + (2 * args.head_width if args.qk_norm else 0)
+    router = args.dim * args.num_experts
+    shared = 3 * args.dim * args.shared_expert_dim
+    expert = 3 * args.dim * args.expert_dim
+    always = args.num_layers * (attention + 2 * args.dim + router + shared) + args.dim
+    always += args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
+    total = always + args.num_layers * args.num_experts * expert
+    return total, always + args.num_layers * args.top_k * expert
+
+
 _POSITIVE = (
     *("num_layers", "dim", "num_heads", "num_kv_heads", "head_dim", "expert_dim", "num_experts"),
     *("top_k", "vocab_size", "rope_theta", "norm_eps", "init_std", "rounding_tile"),

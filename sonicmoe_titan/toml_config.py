@@ -8,17 +8,80 @@ router = "topk"
 steps = 20
 """
 
+import logging
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sonicmoe_titan import config_registry
+from sonicmoe_titan.config_text import to_toml
 from sonicmoe_titan.config_tree import KIND, ConfigError, Given, Table, assign, nearest, one_of
 from sonicmoe_titan.trainer import SonicTrainer
 
 COMMAND_LINE = "command line"
 JOB = "job"
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that names a run: its file (`--job.config_file` too), options, overrides."""
+
+    config_file: str
+    overrides: tuple[str, ...]
+    print_config: bool = False
+    num_processes: int | None = None
+
+    @staticmethod
+    def parse(argv: Sequence[str], *, usage: str, default: str | None = None) -> "Command":
+        """Read `argv`; ConfigError with `usage` when it names no configuration file."""
+        rest = list(argv)
+        if "--help" in rest or "-h" in rest:
+            raise SystemExit(usage)
+        positional = rest.pop(0) if rest and not rest[0].startswith("-") else None
+        config_file = _pop_option(rest, "--job.config_file", usage) or positional or default
+        if config_file is None:
+            raise ConfigError(f"{COMMAND_LINE}: which configuration? {usage}")
+        processes = _pop_option(rest, "--nproc", usage)
+        if processes is not None and not processes.isdecimal():
+            raise ConfigError(f"{COMMAND_LINE}: --nproc = {processes!r}: expected a number")
+        print_config = "--print-config" in rest
+        overrides = tuple(argument for argument in rest if argument != "--print-config")
+        number = None if processes is None else int(processes)
+        return Command(config_file, overrides, print_config, number)
+
+    def load(self) -> SonicTrainer.Config:
+        """`load_config` of this command line."""
+        return load_config(self.config_file, self.overrides)
+
+    def located(self, error: ValueError) -> ConfigError:
+        """The error of a validation, beginning with the place where one of its keys was written."""
+        table = _tables(Path(self.config_file), self.overrides)
+        return _located(str(error), table, self.config_file)
+
+    def resolved(self, config: SonicTrainer.Config) -> str:
+        """The loaded configuration as a TOML file."""
+        table = _tables(Path(self.config_file), self.overrides)
+        return to_toml(config, recipe=table[JOB]["recipe"].value)
+
+
+def _pop_option(arguments: list[str], name: str, usage: str) -> str | None:
+    """Take the last `name VALUE` or `name=VALUE` out of `arguments`."""
+    value = None
+    for argument in list(arguments):
+        key, equals, text = argument.partition("=")
+        if key.replace("-", "_") != name.replace("-", "_"):
+            continue
+        at = arguments.index(argument)
+        del arguments[at]
+        if not equals:
+            if at == len(arguments):
+                raise ConfigError(f"{COMMAND_LINE}: {name}: expected a value. {usage}")
+            text = arguments.pop(at)
+        value = text
+    return value
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SonicTrainer.Config:
@@ -31,16 +94,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SonicTrainer
     Raises:
         ConfigError: (a ValueError) one line naming file, key, what was given and what is accepted.
     """
-    table = _read_toml(Path(path))
+    table = _tables(Path(path), overrides)
+    with _quiet():
+        recipe = _recipe(table.pop(JOB, {}), str(path))
+        try:
+            return assign(recipe, table)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise _located(str(error), table, str(path)) from None
+
+
+def _tables(path: Path, overrides: Sequence[str]) -> Table:
+    table = _read_toml(path)
     for key, given in parse_overrides(overrides):
         _merge(table, key, given)
-    recipe = _recipe(table.pop(JOB, {}), str(path))
-    try:
-        return assign(recipe, table)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise _located(str(error), table, str(path)) from None
+    return table
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Given]]:
@@ -123,11 +192,21 @@ def _recipe(job: Table, path: str) -> SonicTrainer.Config:
     return known[given.value]()
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of configs that are made on the way; the trainer repeats them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _located(message: str, table: Table, path: str) -> ConfigError:
-    """The error of a validation, with the place where one of its keys was written."""
     message = " ".join(message.split())
-    for key, given in _leaves(table):
-        if key in message:
+    for key, given in reversed(_leaves(table)):  # the command line's keys come last
+        if key in message or message.startswith(f"[{key.rpartition('.')[0]}]"):
             return ConfigError(f"{given.source}: {message}")
     return ConfigError(f"{path}: {message}")
 

@@ -1,31 +1,98 @@
 """`torchrun ... -m sonicmoe_titan.train --job.config_file X.toml [--KEY VALUE ...]`"""
 
+import os
 import sys
+import traceback
+from pathlib import Path
 
 import torch.distributed as dist
 from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger
 
-from sonicmoe_titan.toml_config import load_config
+from sonicmoe_titan.check import load_checked
+from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, Stopped, stop_on_signals
+from sonicmoe_titan.toml_config import Command
+from sonicmoe_titan.trainer import SonicTrainer
+
+USAGE = "usage: torchrun ... -m sonicmoe_titan.train --job.config_file CONFIG [--KEY VALUE ...]"
+OUR_PACKAGES = ("sonicmoe_titan", "sonicmoe_kernels", "torchtitan")
 
 
 def main(argv: list[str]) -> int:
-    """Train as the TOML file and the overrides say."""
+    """Train one process of the run that `argv` describes.
+
+    Returns:
+        0, 2 after an error of the user (one line on stderr), 130 when it was told to stop.
+    """
     init_logger()
-    config = load_config(argv[1], argv[2:])
+    try:
+        with stop_on_signals():
+            return _train(argv)
+    except Stopped as stopped:
+        return _leave(f"stopped by {stopped}")
+    except ValueError as error:
+        if not _is_users(error):
+            raise
+        _say(f"error: {' '.join(str(error).split())}")
+        return 2
+
+
+def _train(argv: list[str]) -> int:
+    command = Command.parse(argv, usage=USAGE)
+    config = load_checked(command, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
+    resolved = command.resolved(config)
+    if command.print_config:
+        if _rank() == 0:
+            print(resolved, end="")
+        return 0
+    if _rank() == 0:
+        folder = Path(config.dump_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.toml").write_text(resolved, encoding="utf-8")
     structured_logger.init_structured_logger(
         source="training",
         output_dir=config.dump_folder,
         enable=config.debug.enable_structured_logging,
     )
-    trainer = config.build()
+    trainer: SonicTrainer = config.build()
     try:
-        trainer.train()
+        if config.checkpoint.create_seed_checkpoint:
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+        else:
+            trainer.train()
+    except Stopped:
+        where = f"at step {trainer.step}"
+        if config.checkpoint.enable:
+            where += f"; resumes from the last checkpoint in {trainer.checkpointer.folder}"
+        _say(f"stopping {where}")
+        raise
     finally:
         trainer.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    dist.destroy_process_group()
     return 0
+
+
+def _leave(message: str) -> int:
+    """End now: other ranks may be gone, and waiting for them would hang."""
+    _say(message)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(STOPPED_EXIT_CODE)
+
+
+def _is_users(error: ValueError) -> bool:
+    """Whether our code or TorchTitan refused something, rather than a library failing inside."""
+    module = traceback.extract_tb(error.__traceback__)[-1].filename
+    return any(f"{os.sep}{package}{os.sep}" in module for package in OUR_PACKAGES)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(message: str) -> None:
+    if _rank() == 0:
+        print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

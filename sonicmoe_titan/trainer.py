@@ -1,15 +1,19 @@
 """TorchTitan's trainer with a `[model]` table."""
 
 from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.trainer import Trainer
 
-from sonicmoe_titan.model import build_model_spec
+from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
 
 
 class SonicTrainer(Trainer):
+    """Trains the decoder that `config.model` describes."""
+
     @dataclass(kw_only=True, slots=True)
     class Config(Trainer.Config):
         model: ModelArgs
@@ -17,9 +21,15 @@ class SonicTrainer(Trainer):
 
         def __post_init__(self) -> None:
             self.model_spec = build_model_spec(self.model, seq_len=self.training.seq_len)
-            loss = (
-                self.loss.loss_fn if isinstance(self.loss, ChunkedLossWrapper.Config) else self.loss
-            )
+            wrapped = isinstance(self.loss, ChunkedLossWrapper.Config)
+            loss = self.loss.loss_fn if wrapped else self.loss
             if isinstance(loss, CrossEntropyLoss.Config):
                 loss.global_vocab_size = self.model.vocab_size
             Trainer.Config.__post_init__(self)
+
+    def post_dataloading_process(
+        self, input_dict: dict[str, Tensor], labels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """As stock, with the positions that the attention needs."""
+        input_dict = with_sequence_positions(input_dict, self.model_config)
+        return super().post_dataloading_process(input_dict, labels)

@@ -1,0 +1,59 @@
+"""`sonicmoe train [CONFIG] [--KEY VALUE ...]`: check a run, then train it with torchrun here."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from sonicmoe_titan import check
+from sonicmoe_titan.stopping import STOPPED_EXIT_CODE
+from sonicmoe_titan.toml_config import Command
+
+USAGE = "usage: sonicmoe train [CONFIG] [--nproc PROCESSES] [--KEY VALUE ...]"
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "debug.toml"
+
+
+def main(argv: list[str]) -> int:
+    """Train on every GPU of this machine, or in one process on the CPU.
+
+    Args:
+        argv: the configuration (configs/debug.toml if none), `--nproc` (or the environment variable
+            NPROC) for another number of processes, and overrides.
+
+    Returns:
+        torchrun's exit code; ConfigError before anything starts on a run that is not valid.
+    """
+    command = Command.parse(argv, usage=USAGE, default=_relative(DEFAULT_CONFIG))
+    processes = command.num_processes or int(os.environ.get("NPROC", "0"))
+    processes = processes or torch.cuda.device_count() or 1
+    config = check.load_checked(command, num_processes=processes)
+    if command.print_config:
+        print(command.resolved(config), end="")
+        return 0
+    print(f"{command.config_file}: ok: {check.summary(config, processes)}", flush=True)
+    arguments = [
+        f"--nproc_per_node={processes}",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+        "--local-ranks-filter=0",
+        *("-m", "sonicmoe_titan.train"),
+        *("--job.config_file", command.config_file, *command.overrides),
+    ]
+    try:
+        torchrun.run(torchrun.get_args_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode != 2:  # 2: the process has explained itself
+            print(f"error: process {rank} failed: {failure.message}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    except SignalException:
+        return STOPPED_EXIT_CODE
+    return 0
+
+
+def _relative(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
