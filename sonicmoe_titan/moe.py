@@ -6,10 +6,11 @@ per token, T = B * L tokens.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan, token_rounding_plan
 from torch import Tensor
@@ -22,12 +23,26 @@ from torchtitan.models.common.moe import (
     RoutedExperts,
     TokenChoiceTopKRouter,
 )
+from torchtitan.models.common.token_dispatcher import (
+    AllToAllTokenDispatcher,
+    DeepEPTokenDispatcher,
+    HybridEPTokenDispatcher,
+    LocalTokenDispatcher,
+    MinimalAsyncEPTokenDispatcher,
+)
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
-from sonicmoe_titan.expert_parallel import expert_parallel
+from sonicmoe_titan.expert_parallel import Experts, expert_parallel
 from sonicmoe_titan.model_args import Backend, Rounding, Router
 from sonicmoe_titan.router import Float32Gate, SonicRouter
-from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats
+from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats, first_pass
+
+FIXED_TOP_K_DISPATCHERS = (
+    DeepEPTokenDispatcher,
+    HybridEPTokenDispatcher,
+    MinimalAsyncEPTokenDispatcher,
+)
+"""TorchTitan's own transports that carry exactly K experts per token."""
 
 
 class SonicGroupedExperts(GroupedExperts):
@@ -91,10 +106,20 @@ class SonicRoutedExperts(RoutedExperts):
         )
         w1, w3, w2 = self.inner_experts.local_weights(x_TD.dtype)
 
+        counting = self.training and first_pass()
+        if counting:
+            self.stats.add_rows(num_local_tokens_per_expert_E, plan.expert_offsets)
+
         def experts(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+            if counting:
+                self.stats.add_tiles(plan.expert_offsets)
             return moe_experts(x_TD, w1, w3, w2, plan, backend=self.config.backend)
 
-        if self.ep_group is None:
+        if isinstance(self.token_dispatcher, FIXED_TOP_K_DISPATCHERS):
+            out_TD = self._through_dispatcher(
+                x_TD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E, experts
+            )
+        elif self.ep_group is None:
             out_TD = experts(x_TD, plan)
         else:
             out_TD = expert_parallel(
@@ -113,6 +138,26 @@ class SonicRoutedExperts(RoutedExperts):
             rounding=self.config.rounding,
             tile=self.config.rounding_tile,
         )
+
+    def _through_dispatcher(
+        self,
+        x_TD: Tensor,
+        scores_BLK: Tensor,
+        ids_BLK: Tensor,
+        count_E: Tensor,
+        experts: Experts,
+    ) -> Tensor:
+        """Let TorchTitan's dispatcher move, weigh and combine; it hands over expert-major rows."""
+        scores_TK, ids_TK = scores_BLK.flatten(0, 1), ids_BLK.flatten(0, 1)
+        x_RD, count_e, metadata = self.token_dispatcher.dispatch(x_TD, scores_TK, ids_TK, count_E)
+        R = x_RD.shape[0]
+        plan = RoutingPlan.from_rows(
+            torch.arange(R, device=x_RD.device),
+            torch.ones(R, device=x_RD.device),
+            F.pad(count_e.cumsum(0), (1, 0)),
+            num_tokens=R,
+        )
+        return self.token_dispatcher.combine(experts(x_RD, plan), metadata, x_TD)
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard as stock does; the additional input `scores_BLE` lies like the top-k's scores."""
@@ -200,9 +245,14 @@ def to_sonic(
         redispatch_x: under expert parallelism send x again in backward instead of saving it.
 
     Raises:
-        ValueError: a part of the block is a class whose behaviour this block does not reproduce.
+        ValueError: an option that is not accepted; a part of the block is a class whose behaviour
+            this block does not reproduce; a dispatcher that cannot carry token rounding.
     """
+    _check_options(router=router, rounding=rounding, softmax_order=softmax_order, backend=backend)
+    if rounding_tile < 1:
+        raise ValueError(f"rounding_tile is {rounding_tile}; it must be at least 1")
     _refuse_foreign(moe_cfg)
+    _check_dispatcher(moe_cfg.routed_experts.token_dispatcher, router)
     experts = moe_cfg.routed_experts
     return derive(
         moe_cfg,
@@ -226,6 +276,36 @@ def to_sonic(
             redispatch_x=redispatch_x,
         ),
     )
+
+
+def _check_options(**given: str) -> None:
+    for name, value in given.items():
+        if value not in _ACCEPTED[name]:
+            accepted = ", ".join(_ACCEPTED[name])
+            raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
+
+
+_ACCEPTED: dict[str, tuple[str, ...]] = {
+    "router": get_args(Router),
+    "rounding": get_args(Rounding),
+    "softmax_order": ("before", "after"),
+    "backend": get_args(Backend),
+}
+
+
+def _check_dispatcher(dispatcher: LocalTokenDispatcher.Config, router: Router) -> None:
+    name = type(dispatcher).__qualname__
+    if isinstance(dispatcher, tuple(cls.Config for cls in FIXED_TOP_K_DISPATCHERS)):
+        if router == "token_rounding":
+            raise ValueError(
+                f"{name} carries exactly top_k experts per token, but token rounding gives a token "
+                "more or fewer: use the standard (all-to-all) dispatcher or router = 'topk'"
+            )
+    elif type(dispatcher) not in (LocalTokenDispatcher.Config, AllToAllTokenDispatcher.Config):
+        raise ValueError(
+            f"the token dispatcher {name} pads or quantises what it sends; SonicMoE replaces the "
+            "local and the all-to-all one and runs behind DeepEP, HybridEP and MinimalAsyncEP"
+        )
 
 
 def _refuse_foreign(moe_cfg: MoE.Config) -> None:

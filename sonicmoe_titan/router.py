@@ -7,13 +7,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from sonicmoe_kernels.routing import RENORMALIZE_EPS, TopK, route_topk
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
-from sonicmoe_titan.stats import RouterStats
+from sonicmoe_titan.aux_loss import attach_loss, load_balancing_loss, z_loss
+from sonicmoe_titan.stats import RouterStats, first_pass
+
+ENTROPY_SAMPLE = 1024
+"""Tokens per forward pass, about, from which the entropy is estimated."""
 
 
 class _Float32Product(torch.autograd.Function):
@@ -48,7 +55,11 @@ class Float32Gate(Linear):
 
 
 class SonicRouter(TokenChoiceTopKRouter):
-    """Stock's router with a float32 gate on every device, softmax before or after the top-k."""
+    """Stock's router with a float32 gate on every device and auxiliary losses.
+
+    Routing runs on plain local tensors under every SPMD backend: tokens are independent of each
+    other, so each rank routes the ones it holds.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(TokenChoiceTopKRouter.Config):
@@ -63,6 +74,9 @@ class SonicRouter(TokenChoiceTopKRouter):
         self.softmax_order = config.softmax_order
         self.aux_loss_coeff = config.aux_loss_coeff
         self.z_loss_coeff = config.z_loss_coeff
+        self.balance_groups: list[dist.ProcessGroup] = []
+        self.loss_share = 1.0
+        self.loss_scale: Tensor | None = None
 
     def forward(
         self, x_BLD: Tensor, expert_bias_E: Tensor | None = None
@@ -76,9 +90,12 @@ class SonicRouter(TokenChoiceTopKRouter):
         Returns:
             scores (B, L, K) float32, experts (B, L, K) int64, and all scores (B, L, E) float32
             times the route scale, -inf where the token may not go (node-limited groups).
+
+        Raises:
+            ValueError: an auxiliary loss is on and nobody called `set_loss_scale`.
         """
         logits_BLE = self.gate(x_BLD)
-        if expert_bias_E is not None and isinstance(expert_bias_E, DTensor):
+        if isinstance(expert_bias_E, DTensor):
             expert_bias_E = expert_bias_E.to_local()
         if not isinstance(logits_BLE, DTensor):
             return self._route(logits_BLE, expert_bias_E)
@@ -90,11 +107,9 @@ class SonicRouter(TokenChoiceTopKRouter):
     def _route(
         self, logits_BLE: Tensor, expert_bias_E: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        from sonicmoe_kernels.routing import route_topk
-
         B, L, E = logits_BLE.shape
         logits_TE = logits_BLE.reshape(B * L, E)
-        ids_TK, scores_TK, scores_TE = route_topk(
+        topk = route_topk(
             logits_TE,
             top_k=self.top_k,
             score_func=self.score_func,
@@ -106,7 +121,102 @@ class SonicRouter(TokenChoiceTopKRouter):
             num_limited_groups=self.num_limited_groups,
         )
         if self._debug_force_load_balance:
-            ids_TK = torch.arange(ids_TK.numel(), device=ids_TK.device).view_as(ids_TK) % E
-            scores_TK = scores_TE.gather(1, ids_TK)
+            topk = self._round_robin(topk)
+        if self.training:
+            topk = self._observe(logits_TE, topk)
         K = self.top_k
-        return scores_TK.view(B, L, K), ids_TK.view(B, L, K), scores_TE.view(B, L, E)
+        return (
+            topk.scores_TK.view(B, L, K),
+            topk.ids_TK.view(B, L, K),
+            topk.scores_TE.view(B, L, E),
+        )
+
+    def _round_robin(self, topk: TopK) -> TopK:
+        """Token after token takes the next K experts, with the scores that they have."""
+        ids_TK = torch.arange(topk.ids_TK.numel(), device=topk.ids_TK.device) % self.num_experts
+        ids_TK = ids_TK.view_as(topk.ids_TK)
+        scores_TK = topk.scores_TE.nan_to_num(neginf=0.0).gather(1, ids_TK)
+        if self.route_norm:
+            total_T1 = scores_TK.sum(dim=-1, keepdim=True) / self.route_scale
+            scores_TK = scores_TK / (total_T1 + RENORMALIZE_EPS)
+        return TopK(ids_TK, scores_TK, topk.scores_TE)
+
+    def _observe(self, logits_TE: Tensor, topk: TopK) -> TopK:
+        """Attach the auxiliary losses to the scores and add to the statistics."""
+        seen: dict[str, Tensor | float] = {"microbatches": 1, "tokens": logits_TE.shape[0]}
+        seen["entropy"] = self._entropy(logits_TE.detach())
+        loss: Tensor | float = 0.0
+        if self.aux_loss_coeff:
+            probability_TE = self._probability(logits_TE, topk.scores_TE)
+            seen["aux_loss"] = load_balancing_loss(
+                probability_TE,
+                _count(topk.ids_TK, self.num_experts),
+                top_k=self.top_k,
+                groups=self.balance_groups,
+            )
+            loss = loss + self.aux_loss_coeff * seen["aux_loss"]
+        if self.z_loss_coeff:
+            seen["z_loss"] = z_loss(logits_TE)
+            loss = loss + self.z_loss_coeff * seen["z_loss"]
+        if first_pass():
+            with torch.no_grad():
+                self.stats.add(**seen)
+        if not isinstance(loss, Tensor):
+            return topk
+        if self.loss_scale is None:
+            raise ValueError(
+                "aux_loss_coeff and z_loss_coeff need the weight of a forward pass in the step: "
+                "train with SonicTrainer or call sonicmoe_titan.aux_loss.set_loss_scale"
+            )
+        scores_TK = attach_loss(topk.scores_TK, loss, self.loss_scale)
+        return TopK(topk.ids_TK, scores_TK, topk.scores_TE)
+
+    def _probability(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """(T, E) scores before masks and scales, each row summing to 1."""
+        if self.score_func == "sigmoid":
+            raw_TE = logits_TE.sigmoid()
+            return raw_TE / raw_TE.sum(dim=-1, keepdim=True)
+        if self.num_expert_groups is not None:
+            return logits_TE.softmax(dim=-1)
+        return scores_TE / self.route_scale  # the softmax that autograd keeps anyway
+
+    def _entropy(self, logits_TE: Tensor) -> Tensor:
+        """Nats summed over all tokens, from a sample: the statistic must cost next to nothing."""
+        T = logits_TE.shape[0]
+        sample_SE = logits_TE[:: max(1, T // ENTROPY_SAMPLE)]
+        if self.score_func == "sigmoid":
+            raw_SE = sample_SE.sigmoid()
+            probability_SE = raw_SE / raw_SE.sum(dim=-1, keepdim=True)
+        else:
+            probability_SE = sample_SE.softmax(dim=-1)
+        return torch.special.entr(probability_SE).sum(dim=-1).mean() * T
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Shard the gate as stock does and find the ranks that the losses average over."""
+        super().parallelize(parallel_dims)
+        self.connect(parallel_dims)
+
+    def connect(self, parallel_dims: ParallelDims) -> None:
+        """Find the ranks whose tokens the load-balancing loss counts together."""
+        meshes = [parallel_dims.get_optional_mesh("loss")]
+        tp_splits_tokens = parallel_dims.tp > 1 and parallel_dims.ep > 1
+        if tp_splits_tokens:
+            meshes.append(parallel_dims.get_optional_mesh("tp"))
+        self.balance_groups = [mesh.get_group() for mesh in meshes if mesh is not None]
+        # Gradients are summed over tensor-parallel ranks where these hold different tokens, and
+        # under spmd_types also where they hold the same ones.
+        summed_over_tp = tp_splits_tokens or parallel_dims.spmd_backend == "spmd_types"
+        self.loss_share = 1 / parallel_dims.tp if summed_over_tp else 1.0
+
+    def set_loss_scale(self, scale: float) -> None:
+        """See `sonicmoe_titan.aux_loss.set_loss_scale`."""
+        if self.loss_scale is None:
+            self.loss_scale = torch.zeros((), device=self.stats.values_V.device)
+        self.loss_scale.fill_(scale * self.loss_share)
+
+
+def _count(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """(E,) how often each expert was chosen; `bincount` would wait for the device."""
+    ids_P = ids_TK.flatten()
+    count_E = torch.zeros(num_experts, device=ids_P.device)
+    return count_E.scatter_add(0, ids_P, torch.ones_like(ids_P, dtype=count_E.dtype))

@@ -18,8 +18,12 @@ class RouterStats:
 
     Plain tensors, updated in place, made before the first forward pass: a captured CUDA graph keeps
     adding to them at every replay. They are no module buffers, so neither checkpoints nor sharding
-    see them. Sums over one process; consumers add over ranks and divide by "microbatches" or
-    "tokens".
+    see them. Training only, and recomputation adds nothing. Sums over one process; consumers add
+    over ranks and divide by "microbatches" or "tokens".
+
+    Of the names: "rows_computed" counts whole GEMM tiles where the experts run; "rows_added" and
+    "rows_dropped" are token rounding's; "entropy" is in nats, summed over tokens, estimated from a
+    sample of them; "aux_loss" and "z_loss" come without their coefficients.
 
     Attributes:
         values_V: (V,) float32, in the order of NAMES.
@@ -47,6 +51,28 @@ class RouterStats:
         self.values_V = torch.zeros(len(self.NAMES), dtype=torch.float32, device=device)
         self.load_E = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
+    def add_rows(self, chosen_E: Tensor, expert_offsets: Tensor) -> None:
+        """Count the routed rows.
+
+        Args:
+            chosen_E: (E,) rows per expert before rounding.
+            expert_offsets: (E + 1,) where each expert's rows start after rounding.
+        """
+        rows_E = expert_offsets.diff().float()
+        change_E = rows_E - chosen_E
+        self.load_E.add_(rows_E)
+        self.add(
+            rows=rows_E.sum(),
+            rows_added=change_E.clamp(min=0).sum(),
+            rows_dropped=-change_E.clamp(max=0).sum(),
+        )
+
+    def add_tiles(self, expert_offsets: Tensor) -> None:
+        """Count the rows of the whole tiles that the experts of a plan compute."""
+        rows_e = expert_offsets.diff()
+        tiles_e = torch.div(rows_e + KERNEL_TILE_ROWS - 1, KERNEL_TILE_ROWS, rounding_mode="floor")
+        self.add(rows_computed=tiles_e.sum() * KERNEL_TILE_ROWS)
+
     def add(self, **values: Tensor | float) -> None:
         """Add to the named values; tensors are 0-d, on the device of `values_V`."""
         for name, value in values.items():
@@ -56,6 +82,13 @@ class RouterStats:
         """Set every sum to zero, in place."""
         self.values_V.zero_()
         self.load_E.zero_()
+
+
+def first_pass() -> bool:
+    """Whether this forward pass is no recomputation by (eager) activation checkpointing."""
+    if torch.compiler.is_compiling():
+        return True  # TorchTitan has compiled recomputation skip side effects
+    return torch._C._current_graph_task_id() == -1
 
 
 def collect(model_parts: Sequence[nn.Module]) -> list[tuple[int, RouterStats]]:

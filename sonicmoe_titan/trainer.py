@@ -7,6 +7,7 @@ from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.trainer import Trainer
 
+from sonicmoe_titan.aux_loss import set_loss_scale
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
 
@@ -26,6 +27,13 @@ class SonicTrainer(Trainer):
             if isinstance(loss, CrossEntropyLoss.Config):
                 loss.global_vocab_size = self.model.vocab_size
             Trainer.Config.__post_init__(self)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        dims = self.parallel_dims
+        data_parallel_ranks = dims.dp_replicate * dims.dp_shard * dims.cp
+        passes = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+        set_loss_scale(self.model_parts, 1 / (data_parallel_ranks * passes))
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
