@@ -182,7 +182,6 @@ def router_terms(shape: LayerShape) -> list[Term]:
     args, T = shape.args, shape.num_tokens
     E, K, R = args.num_experts, args.top_k, shape.sent_rows
     after = args.softmax_order == "after"
-    rounded = args.router == "token_rounding"
     terms = [Term("router", "chosen experts", "T K int64", INT64 * T * K)]
     if after:
         terms.append(Term("router", "logits", "T E", FP32 * T * E))
@@ -192,15 +191,7 @@ def router_terms(shape: LayerShape) -> list[Term]:
         if args.renormalize:
             terms.append(Term("router", "chosen scores", "T K", FP32 * T * K))
             terms.append(Term("router", "their sum", "T", FP32 * T))
-    if rounded:
-        terms.append(Term("router", "scores with the chosen ones", "T E", FP32 * T * E))
-    else:
-        terms.append(Term("router", "final scores", "T K", FP32 * T * K))
-    return [
-        *terms,
-        Term("router", "index of each row's score", "R int64", INT64 * R),
-        Term("router", "rows in use", "R bool", R),
-    ]
+    return [*terms, Term("router", "source of each row's score", "R int32", INT32 * R)]
 
 
 def moe_terms(shape: LayerShape) -> list[Term]:

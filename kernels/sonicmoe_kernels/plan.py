@@ -131,44 +131,66 @@ class RoutingPlan:
     @staticmethod
     def from_rows(
         token_idx_R: Tensor,
-        score_R: Tensor,
         expert_offsets: Tensor,
+        score_P: Tensor,
+        source_R: Tensor,
         *,
         num_tokens: int,
         rows_per_token: int | None = None,
     ) -> "RoutingPlan":
         """Complete a plan from rows that already are expert-major, of ascending token per expert.
 
-        Whatever stands in rows [R, R_max) is replaced by token 0 and score 0, and a gradient that
-        arrives there is cut off.
+        Whatever is given for rows [R, R_max), the plan holds token 0 and score 0 there, and a
+        gradient that arrives there goes nowhere, be it NaN.
 
         Args:
             token_idx_R: (R_max,) integers.
-            score_R: (R_max,) float.
             expert_offsets: (E + 1,) integers, the last one R.
+            score_P: (P,) float, the scores to take from; P below 2**31.
+            source_R: (R_max,) integers, ``score_P[source_R[r]]`` is the score of row r.
             num_tokens: T.
             rows_per_token: K if every token owns exactly K rows, else None.
         """
-        in_use_R = (
-            torch.arange(token_idx_R.shape[0], device=token_idx_R.device) < expert_offsets[-1]
-        )
-        # where, not a product: it also stops a NaN that comes back for a row nobody owns.
-        score_R = torch.where(in_use_R, _at_least_float32(score_R), 0.0)
+        expert_offsets = expert_offsets.to(torch.int32)
+        row_R = torch.arange(source_R.shape[0], device=source_R.device, dtype=torch.int32)
+        in_use_R = row_R < expert_offsets[-1]
         token_idx_R = token_idx_R.to(torch.int32)
         # Sorting by token alone keeps each token's rows in row order, hence of ascending expert.
         sorted_token_R, token_rows_R = torch.where(in_use_R, token_idx_R, num_tokens).sort(
             stable=True
         )
-        token_T1 = torch.arange(num_tokens + 1, device=token_idx_R.device, dtype=torch.int32)
+        token_T1 = torch.arange(num_tokens + 1, device=source_R.device, dtype=torch.int32)
+        source_R = torch.where(in_use_R, source_R, score_P.shape[0]).to(torch.int32)
         return RoutingPlan(
             token_idx_R=torch.where(in_use_R, token_idx_R, 0),
-            score_R=score_R,
-            expert_offsets=expert_offsets.to(torch.int32),
+            score_R=_RowScores.apply(_at_least_float32(score_P), source_R),
+            expert_offsets=expert_offsets,
             token_offsets=torch.searchsorted(sorted_token_R, token_T1, out_int32=True),
             token_rows_R=token_rows_R.to(torch.int32),
             rows_per_token=rows_per_token,
             num_tokens=num_tokens,
         )
+
+
+class _RowScores(torch.autograd.Function):
+    """Each row's score out of ``score_P``; source P stands for "no score" and reads 0.
+
+    Keeps the int32 sources and nothing else for backward: plain indexing keeps them in 64 bits, and
+    ``gather`` keeps the scores as well.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, score_P: Tensor, source_R: Tensor) -> Tensor:
+        ctx.save_for_backward(source_R)
+        ctx.num_pairs = score_P.shape[0]
+        return F.pad(score_P, (0, 1)).index_select(0, source_R)
+
+    @staticmethod
+    def backward(ctx: Any, dscore_R: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        (source_R,) = ctx.saved_tensors
+        # One row per pair, so plain writes do; the rows that nobody owns meet in slot P.
+        dscore_P1 = dscore_R.new_zeros(ctx.num_pairs + 1).scatter(0, source_R.long(), dscore_R)
+        return dscore_P1[: ctx.num_pairs], None
 
 
 def _plan_of_pairs(
@@ -191,14 +213,15 @@ def _plan_of_pairs(
     if r_max is not None:
         missing = max(0, r_max - token_P.shape[0])
         key_P = F.pad(key_P, (0, missing), value=left_out)
-        token_P, score_P = F.pad(token_P, (0, missing)), F.pad(score_P, (0, missing))
+        token_P = F.pad(token_P, (0, missing))
     sorted_key_P, order_P = key_P.sort(stable=True)
     expert_E1 = torch.arange(num_experts + 1, device=key_P.device)
     order_R = order_P[:r_max]
     return RoutingPlan.from_rows(
         token_P.gather(0, order_R),
-        score_P.gather(0, order_R),
         torch.searchsorted(sorted_key_P, expert_E1 * num_tokens),
+        score_P,
+        order_R,
         num_tokens=num_tokens,
         rows_per_token=rows_per_token,
     )

@@ -63,7 +63,8 @@ def token_rounding_plan(
         A plan whose row tensors have the length that ``r_max`` states.
 
     Raises:
-        ValueError: an unknown variant, a tile outside [1, T], shapes that do not fit.
+        ValueError: an unknown variant, a tile outside [1, T], shapes that do not fit, 2**31 pairs
+            (T * E) or more.
     """
     T, E = _check_rounding(ids_TK, scores_TK, scores_TE, rounding, tile, uniform_E)
     dtype = torch.promote_types(
@@ -82,12 +83,12 @@ def token_rounding_plan(
     rank_P = kept_ET.flatten().cumsum(0, dtype=torch.int32)
     row_R = torch.arange(1, bound + 1, device=ids_TK.device, dtype=torch.int32)
     pair_R = torch.searchsorted(rank_P, row_R).clamp(max=T * E - 1)
-    score_TE = scores_TE.scatter(1, ids_TK, scores_TK)
-    expert_offsets = F.pad(rows_E.cumsum(0), (1, 0))
+    token_R = pair_R % T
     return RoutingPlan.from_rows(
-        pair_R % T,
-        score_TE.flatten().gather(0, (pair_R % T) * E + pair_R // T),
-        expert_offsets,
+        token_R,
+        F.pad(rows_E.cumsum(0), (1, 0)),
+        scores_TE.scatter(1, ids_TK, scores_TK).flatten(),
+        token_R * E + pair_R // T,
         num_tokens=T,
     )
 
@@ -243,6 +244,8 @@ def _check_rounding(
     T, E = scores_TE.shape
     if not 1 <= ids_TK.shape[1] <= E:
         raise ValueError(f"ids_TK has K = {ids_TK.shape[1]} columns; K must lie in [1, E = {E}]")
+    if T * E >= 2**31:
+        raise ValueError(f"T * E is {T} * {E}; pairs are numbered in int32, keep it below 2**31")
     if uniform_E is not None and uniform_E.shape != (E,):
         raise ValueError(f"uniform_E is {tuple(uniform_E.shape)}; it must be (E,) = ({E},)")
     _check_variant(T, rounding, tile)
