@@ -71,12 +71,11 @@ def format_axis(axis: object, formatter: Callable[[float], str]) -> None:
     )
 
 
-def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Trailing mean over up to `window` values."""
-    means, running = [], 0.0
-    for index, value in enumerate(values):
-        running += value
-        if index >= window:
-            running -= values[index - window]
-        means.append(running / min(index + 1, window))
+def smoothed(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over each value and up to `reach` neighbours on both sides, as many left as right."""
+    means = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        means.append(sum(window) / len(window))
     return means

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib.colors import TwoSlopeNorm
 from rich.console import Console
 from rich.table import Table
 
@@ -216,10 +217,8 @@ def _draw_loss(runs: Sequence[Run], path: Path, caption: str) -> Path:
             colour, prefix = plots.colour(index), f"{run.name}: " if len(runs) > 1 else ""
             steps, losses = run.series(TRAIN_LOSS)
             axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=0.9)
-            window = max(1, len(losses) // 20)
-            axes.plot(
-                steps, plots.smoothed(losses, window), color=colour, label=f"{prefix}training"
-            )
+            smooth = plots.smoothed(losses, len(losses) // 40)
+            axes.plot(steps, smooth, color=colour, label=f"{prefix}training, smoothed")
             steps, losses = run.series(VALIDATION_LOSS)
             if steps:
                 axes.plot(
@@ -251,7 +250,7 @@ def _draw_rate(runs: Sequence[Run], path: Path, caption: str) -> Path | None:
             xlabel="step",
             ylabel="tokens/day",
         )
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
         plots.format_axis(axes.yaxis, plots.count)
         axes.legend(loc="lower right")
     return path
@@ -277,7 +276,7 @@ def _draw_waste(runs: Sequence[Run], path: Path, caption: str) -> Path | None:
                             steps, [100 * v for v in values], color=plots.colour(index), label=label
                         )
         axes.set(
-            title="Rows that tiles compute in vain",
+            title="Rows that the experts' tiles compute in vain",
             xlabel="step",
             ylabel="share of useful rows (%)",
         )
@@ -294,10 +293,9 @@ def _draw_load(run: Run, path: Path) -> Path | None:
     layers, experts = load_LE.shape
     height = min(9.0, max(3.0, 1.8 + 0.16 * layers))
     with plots.figure(path, caption=_caption([run]), height=height) as (drawn, axes):
-        farthest = max(0.25, float((load_LE - 1).abs().max()))
         image = axes.imshow(
             load_LE.numpy(), aspect="auto", interpolation="nearest", cmap=plots.DIVERGING,
-            vmin=1 - farthest, vmax=1 + farthest, origin="lower",
+            norm=TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, float(load_LE.max()))), origin="lower",
         )  # fmt: skip
         axes.grid(visible=False)
         axes.set(
