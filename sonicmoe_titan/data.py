@@ -13,7 +13,7 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from sonicmoe_titan.corpus import LOCAL_CORPORA, Split
+from sonicmoe_titan.corpus import Split
 from sonicmoe_titan.shards import TokenShard, Window, open_shard
 from sonicmoe_titan.streams import open_stream
 from sonicmoe_titan.tokenizer import TextTokenizer
@@ -89,7 +89,7 @@ class TextDataLoader(BaseDataLoader):
                 "set the recipe's tokenizer to TextTokenizer.Config"
             )
         self.tokenizer = tokenizer
-        if config.corpus in LOCAL_CORPORA:
+        if config.corpus == "python_stdlib" or config.corpus == "site_packages":
             self.source: ShardBatches | BaseDataLoader = ShardBatches(
                 open_shard(
                     config.corpus,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.distributed import utils as dist_utils
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
@@ -61,6 +62,7 @@ class SonicValidator(Validator):
 
     def __init__(self, config: Config, **kwargs: Any):
         super().__init__(config, **kwargs)
+        self.steps = config.steps
         self._batches: list[Batch] | None = None
         self._tokens_per_byte = math.nan
 
@@ -71,15 +73,15 @@ class SonicValidator(Validator):
                 self._batches = self._read_batches()
                 self._tokens_per_byte = self._count_tokens_per_byte(self._batches)
             stock = copy.copy(self)
-            stock.dl_config = _Replay(self._batches)
-            stock.metrics_processor = _Log(self.metrics_processor, self._tokens_per_byte)
+            stock.dl_config = cast(Any, _Replay(self._batches))
+            stock.metrics_processor = cast(Any, _Log(self.metrics_processor, self._tokens_per_byte))
             Validator.validate(stock, model_parts, step)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """As stock, with the positions that the attention needs."""
-        input_dict = with_sequence_positions(input_dict, model_parts[0].config)
+        input_dict = with_sequence_positions(input_dict, cast(Decoder, model_parts[0]).config)
         return super().post_dataloading_process(input_dict, labels, model_parts)
 
     def _read_batches(self) -> list[Batch]:
@@ -94,7 +96,7 @@ class SonicValidator(Validator):
             seq_len=self.seq_len,
             local_batch_size=microbatch,
         )
-        return list(itertools.islice(loader, self.config.steps * per_step))
+        return list(itertools.islice(loader, self.steps * per_step))
 
     def _count_tokens_per_byte(self, batches: list[Batch]) -> float:
         """Return targets per byte of text over all ranks' batches; nan for a foreign tokenizer."""
