@@ -13,6 +13,7 @@ from sonicmoe_kernels.routing import RoutingPlan
 from torch import Tensor, nn
 from torchtitan.distributed.activation_checkpoint import ActivationCheckpointing
 
+from sonicmoe_titan.aux_loss import set_loss_scale
 from sonicmoe_titan.memory_measure import SavedTensors, allocated_bytes
 from sonicmoe_titan.memory_model import (
     Checkpointing,
@@ -92,6 +93,7 @@ def _build_block(shape: LayerShape, device: torch.device) -> nn.Module:
     block = config.layers[0].build().to(device=device, dtype=DTYPES[shape.value_bytes])
     block.attention.rope.float()  # FSDP casts parameters and no buffers
     block.moe.stats.allocate(device)
+    set_loss_scale([block], 1.0)
     with torch.no_grad():
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=INIT_STD)

@@ -191,7 +191,27 @@ def router_terms(shape: LayerShape) -> list[Term]:
         if args.renormalize:
             terms.append(Term("router", "chosen scores", "T K", FP32 * T * K))
             terms.append(Term("router", "their sum", "T", FP32 * T))
-    return [*terms, Term("router", "source of each row's score", "R int32", INT32 * R)]
+    terms.append(Term("router", "source of each row's score", "R int32", INT32 * R))
+    return [*terms, *_auxiliary_loss_terms(shape)]
+
+
+def _auxiliary_loss_terms(shape: LayerShape) -> list[Term]:
+    """What the auxiliary losses keep beside the scores that the choice keeps anyway."""
+    args, T, E = shape.args, shape.num_tokens, shape.args.num_experts
+    after = args.softmax_order == "after"
+    terms = []
+    if args.aux_loss_coeff:
+        if args.score_func == "sigmoid":
+            terms.append(Term("router losses", "scores", "T E", FP32 * T * E))
+            terms.append(Term("router losses", "their sum", "T", FP32 * T))
+        elif after or args.num_expert_groups is not None:
+            terms.append(Term("router losses", "softmax over all experts", "T E", FP32 * T * E))
+        terms.append(Term("router losses", "fraction and mean probability", "2 E", 2 * FP32 * E))
+    if args.z_loss_coeff:
+        if not after:  # there the choice keeps them
+            terms.append(Term("router losses", "logits", "T E", FP32 * T * E))
+        terms.append(Term("router losses", "log-sum-exp", "T", FP32 * T))
+    return terms
 
 
 def moe_terms(shape: LayerShape) -> list[Term]:

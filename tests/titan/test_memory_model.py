@@ -6,8 +6,10 @@ from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import ROUNDINGS, RoutingPlan, route_topk, token_rounding_plan
 from torch import Tensor
 
+from sonicmoe_titan.aux_loss import set_loss_scale
 from sonicmoe_titan.memory_measure import SavedTensors
 from sonicmoe_titan.memory_model import LayerShape, experts_terms, moe_terms, total
+from sonicmoe_titan.model import decoder_config
 from sonicmoe_titan.model_args import ModelArgs
 
 SIZES = (
@@ -83,6 +85,9 @@ def test_experts_keep_what_the_model_predicts_to_the_byte(
         {"load_balance_coeff": 1e-3, "num_expert_groups": 2, "num_limited_groups": 1},
         {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
         {"router": "token_rounding", "aux_loss_coeff": 0.01},
+        {"score_func": "sigmoid", "aux_loss_coeff": 0.01},
+        {"softmax_order": "after", "aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
+        {"aux_loss_coeff": 0.01, "num_expert_groups": 2, "num_limited_groups": 1},
     ],
     ids=str,
 )
@@ -91,11 +96,10 @@ def test_experts_keep_what_the_model_predicts_to_the_byte(
 def test_moe_block_keeps_what_the_model_predicts_within_one_percent(
     size: tuple[int, ...], changes: dict[str, object], dtype: torch.dtype
 ) -> None:
-    from sonicmoe_titan.model import decoder_config
-
     args = _args(size, **changes)
     args.validate()
     block = decoder_config(args, seq_len=size[0]).layers[0].moe.build().to(dtype)
+    set_loss_scale([block], 1.0)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     x_BLD = torch.randn(2, size[0] // 2, args.dim, dtype=dtype, requires_grad=True)
