@@ -182,12 +182,31 @@ def test_balance_carries_the_sum_where_nearest_would_drift() -> None:
 
 
 def test_balance_lets_later_experts_pay_for_one_that_cannot_go_up() -> None:
-    # All 9 tokens choose experts 0 and 1, where up would need 12; 6 choose expert 2 and 3 expert 3.
-    ids_TK = torch.tensor([[0, 1, 2]] * 6 + [[0, 1, 3]] * 3)
-    scores_TE = torch.rand(9, 4, generator=torch.Generator().manual_seed(0))
-    plan = token_rounding_plan(ids_TK, torch.ones(9, 3), scores_TE, rounding="balance", tile=4)
-    # z: -1, -2 (both forced), -2 + 2 = 0 rather than -4, 0 + 1 rather than -3
-    assert counts_of(plan) == [8, 8, 8, 4]
+    # All 7 tokens choose expert 0, 2 choose expert 1 and 5 expert 2. Tile 4.
+    ids_TK = torch.tensor([[0, 1]] * 2 + [[0, 2]] * 5)
+    scores_TE = torch.rand(7, 3, generator=torch.Generator().manual_seed(0))
+    plan = token_rounding_plan(ids_TK, torch.ones(7, 2), scores_TE, rounding="balance", tile=4)
+    # z: -3, since 8 rows would be more than 7 tokens; then -1 rather than -5; then -2, not 2 (a tie)
+    assert counts_of(plan) == [4, 4, 4]
+
+
+@given(
+    T=st.integers(3, 9),
+    E=st.integers(3, 12),
+    forbidden=st.sampled_from([0.0, 0.6, 0.9]),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+@settings(max_examples=120, deadline=None)
+def test_balance_equals_the_plain_loop_where_many_cannot_go_up(
+    T: int, E: int, forbidden: float, seed: int, data: st.DataObject
+) -> None:
+    K, tile = data.draw(st.integers(E // 2, E)), data.draw(st.integers(2, T))
+    problem = Problem(T, E, K, tile, skew=1.0, forbidden=forbidden, seed=seed)
+    want = rounded_rows_by_loop(
+        *problem.tensors(), rounding="balance", tile=tile, uniform_E=problem.uniform_E()
+    )
+    assert rows_of(round_problem(problem, "balance")) == want
 
 
 # ------------------------------------------------------------------ ties and order
