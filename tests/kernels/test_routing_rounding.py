@@ -186,7 +186,7 @@ def test_balance_lets_later_experts_pay_for_one_that_cannot_go_up() -> None:
     ids_TK = torch.tensor([[0, 1]] * 2 + [[0, 2]] * 5)
     scores_TE = torch.rand(7, 3, generator=torch.Generator().manual_seed(0))
     plan = token_rounding_plan(ids_TK, torch.ones(7, 2), scores_TE, rounding="balance", tile=4)
-    # z: -3, since 8 rows would be more than 7 tokens; then -1 rather than -5; then -2, not 2 (a tie)
+    # z: -3, as 8 rows would be more than 7 tokens; then -1 rather than -5; then -2, not 2 (a tie)
     assert counts_of(plan) == [4, 4, 4]
 
 
