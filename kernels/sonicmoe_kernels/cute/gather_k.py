@@ -1,6 +1,6 @@
 """Gathers rows of a (T, D) tensor into an M-major shared tile: rows run along K.
 
-Legend: T tokens, D row length, M tile columns of a row (a multiple of 64), K tile rows (64),
+Legend: T tokens, D row length, M tile columns of a row (64 or 128), K tile rows (64),
 chunk = 8 elements of 16 bits, 16 bytes.
 
 The tile is what wgmma reads as an M-major operand with 128-byte swizzle: slabs of 64 columns, each
