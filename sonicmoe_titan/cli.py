@@ -41,3 +41,7 @@ def run(argv: list[str]) -> int:
 def _failed(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    main()

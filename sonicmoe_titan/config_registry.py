@@ -1,12 +1,13 @@
 """Recipes: functions without arguments that return a run's defaults, one per TOML in configs/."""
 
+import torch
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
-from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import TrainingConfig
 
 from sonicmoe_titan.checkpoint import SonicCheckpointManager
 from sonicmoe_titan.data import TextDataLoader
+from sonicmoe_titan.metrics import SonicMetrics
 from sonicmoe_titan.model_args import ModelArgs
 from sonicmoe_titan.optimizer import AdamW
 from sonicmoe_titan.tokenizer import TextTokenizer
@@ -33,7 +34,7 @@ def debug() -> SonicTrainer.Config:
         ),
         loss=ChunkedLossWrapper.Config(loss_fn=CrossEntropyLoss.Config()),
         hf_assets_path="",
-        metrics=MetricsProcessor.Config(log_freq=1),
+        metrics=SonicMetrics.Config(log_freq=10),
         tokenizer=TextTokenizer.Config(vocab_size=1024),
         dataloader=TextDataLoader.Config(),
         optimizer=AdamW.Config(lr=3e-3),
@@ -42,6 +43,7 @@ def debug() -> SonicTrainer.Config:
             local_batch_size=4,
             seq_len=128,
             steps=200,
+            mixed_precision_param="bfloat16" if torch.cuda.is_available() else "float32",
             disable_cuda_graphs=True,
         ),
         checkpoint=SonicCheckpointManager.Config(interval=100),

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sonicmoe_titan import check
-from sonicmoe_titan.stopping import STOPPED_EXIT_CODE
+from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR
 from sonicmoe_titan.toml_config import Command
 
 USAGE = "usage: sonicmoe train [CONFIG] [--nproc PROCESSES] [--KEY VALUE ...]"
@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
         torchrun.run(torchrun.get_args_parser().parse_args(arguments))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode != 2:  # 2: the process has explained itself
-            print(f"error: process {rank} failed: {failure.message}", file=sys.stderr)
+        if failure.exitcode not in (USERS_ERROR, STOPPED_EXIT_CODE):  # those explain themselves
+            print(f"error: process {rank} ended with {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException:
         return STOPPED_EXIT_CODE

@@ -1,10 +1,11 @@
-"""Ctrl-C and SIGTERM end a run in one line instead of a traceback."""
+"""How a run ends: exit codes, and Ctrl-C and SIGTERM in one line instead of a traceback."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+USERS_ERROR = 2  # exit code of a process that has explained a wrong configuration in one line
 STOPPED_EXIT_CODE = 130  # what a shell reports for a program that Ctrl-C ended
 
 

@@ -10,7 +10,7 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger
 
 from sonicmoe_titan.check import load_checked
-from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, Stopped, stop_on_signals
+from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR, Stopped, stop_on_signals
 from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         if not _is_users(error):
             raise
         _say(f"error: {' '.join(str(error).split())}")
-        return 2
+        return USERS_ERROR
 
 
 def _train(argv: list[str]) -> int:

@@ -1,13 +1,16 @@
-"""TorchTitan's trainer with a `[model]` table."""
+"""TorchTitan's trainer with a `[model]` table, auxiliary losses and activation accounting."""
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from sonicmoe_titan.aux_loss import set_loss_scale
+from sonicmoe_titan.metrics import SonicMetrics
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
 
@@ -28,12 +31,13 @@ class SonicTrainer(Trainer):
                 loss.global_vocab_size = self.model.vocab_size
             Trainer.Config.__post_init__(self)
 
+    config: Config
+
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        dims = self.parallel_dims
-        data_parallel_ranks = dims.dp_replicate * dims.dp_shard * dims.cp
-        passes = self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
-        set_loss_scale(self.model_parts, 1 / (data_parallel_ranks * passes))
+        # the shapes of a run never change, so neither does what one forward pass weighs
+        set_loss_scale(self.model_parts, 1 / self._forward_passes())
+        self._account_activations()
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
@@ -41,3 +45,19 @@ class SonicTrainer(Trainer):
         """As stock, with the positions that the attention needs."""
         input_dict = with_sequence_positions(input_dict, self.model_config)
         return super().post_dataloading_process(input_dict, labels)
+
+    def _forward_passes(self) -> int:
+        """Forward passes of one layer in one optimizer step, over all ranks with other tokens."""
+        dims = self.parallel_dims
+        ranks = dims.dp_replicate * dims.dp_shard * dims.cp
+        return ranks * self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
+
+    def _account_activations(self) -> None:
+        from sonicmoe_titan.memory import describe_activations, predicted_activation_bytes
+
+        num_ranks = dist.get_world_size()
+        logger.info(describe_activations(self.config, num_gpus=num_ranks))
+        if isinstance(self.metrics_processor, SonicMetrics):
+            self.metrics_processor.activation_bytes = predicted_activation_bytes(
+                self.config, num_gpus=num_ranks
+            )
