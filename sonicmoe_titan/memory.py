@@ -23,13 +23,13 @@ from sonicmoe_titan.memory_fit import (
     FRAGMENTATION,
     GIB,
     GPUS,
+    MIB,
     Layout,
     checkpointing_of,
     fits,
     layout_of,
     rank_items,
     shape_of,
-    tokens_of,
 )
 from sonicmoe_titan.memory_model import (
     BACKWARD_STAGES,
@@ -44,7 +44,6 @@ from sonicmoe_titan.memory_peers import Peer, peers
 from sonicmoe_titan.toml_config import load_config
 from sonicmoe_titan.trainer import SonicTrainer
 
-MIB = 2**20
 CPU_TOKENS = 512  # a measurement on a CPU takes seconds with these
 
 
@@ -110,7 +109,9 @@ def main(argv: list[str]) -> int:
 
 
 def _size(size: int) -> str:
-    return f"{size / MIB:,.2f}" if size >= MIB / 100 else f"{size / MIB:.4f}"
+    """MiB with as many digits as mean something."""
+    mib = size / MIB
+    return f"{mib:,.0f}" if mib >= 1000 else f"{mib:.1f}" if mib >= 10 else f"{mib:.3g}"
 
 
 def _layer_table(
@@ -270,7 +271,7 @@ def _draw(path: Path, rivals: Sequence[Peer], shape: LayerShape, name: str) -> N
         )
         axes.bar_label(
             bars,
-            [f"{peer.bytes / MIB:,.0f} ({peer.bytes / rivals[0].bytes:.1f}x)" for peer in shown],
+            [f"{_size(peer.bytes)} ({peer.bytes / rivals[0].bytes:.1f}x)" for peer in shown],
             padding=4,
         )
         axes.margins(x=0.16)
@@ -278,25 +279,3 @@ def _draw(path: Path, rivals: Sequence[Peer], shape: LayerShape, name: str) -> N
         axes.set(
             title="Kept for the backward by the experts of one layer", xlabel="MiB per microbatch"
         )
-
-
-def predicted_activation_bytes(config: SonicTrainer.Config, *, num_gpus: int) -> int:
-    """What the layers of one rank keep for their backward in a run on `num_gpus` GPUs."""
-    layout = layout_of(config, num_gpus=num_gpus)
-    shape = shape_of(config, layout, load="expected")
-    layers = -(-config.model.num_layers // layout.pipeline)
-    return layers * layout.pipeline * total(layer_terms(shape, checkpointing_of(config)))
-
-
-def describe_activations(config: SonicTrainer.Config, *, num_gpus: int) -> str:
-    """One line for the log of a run."""
-    layout = layout_of(config, num_gpus=num_gpus)
-    shape = shape_of(config, layout, load="expected")
-    ours, stock = peers(shape)[0].bytes, peers(shape)[-1].bytes
-    kept = predicted_activation_bytes(config, num_gpus=num_gpus)
-    return (
-        f"Activations that this rank keeps, predicted: {kept / GIB:.3f} GiB "
-        f"({tokens_of(config, layout):,} tokens, {config.model.num_layers} layers, activation "
-        f"checkpointing {checkpointing_of(config)}); the experts of one layer {ours / MIB:.1f} "
-        f"MiB, where stock TorchTitan would keep {stock / MIB:.1f} MiB"
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torchtitan.components.loss import ChunkedLossWrapper
 
 from sonicmoe_titan.memory_model import (
@@ -20,10 +21,11 @@ from sonicmoe_titan.memory_model import (
     layer_terms,
     total,
 )
+from sonicmoe_titan.memory_peers import peers
 from sonicmoe_titan.model_args import ModelArgs
 from sonicmoe_titan.trainer import SonicTrainer
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 GPUS = {  # GiB that torch.cuda reports as total_memory
     "a100-40gb": 39.4,
     "a100-80gb": 79.1,
@@ -112,14 +114,17 @@ def tokens_of(config: SonicTrainer.Config, layout: Layout) -> int:
     return sequences * config.training.seq_len // layout.context
 
 
-def shape_of(config: SonicTrainer.Config, layout: Layout, *, load: Load) -> LayerShape:
-    """The layer of a run on a GPU."""
+def shape_of(
+    config: SonicTrainer.Config, layout: Layout, *, load: Load, fused_norm: bool = True
+) -> LayerShape:
+    """The layer of a run; on a GPU the norm is fused."""
     return LayerShape(
         args=config.model,
         num_tokens=tokens_of(config, layout),
         value_bytes=DTYPE_BYTES[config.training.mixed_precision_param],
         expert_parallel=layout.expert,
         load=load,
+        fused_norm=fused_norm,
     )
 
 
@@ -193,3 +198,28 @@ def fits(items: dict[str, int], gpu: str) -> tuple[bool, float]:
         raise ValueError(f"--gpu {gpu}: unknown; expected one of {', '.join(GPUS)}")
     needed = sum(items.values()) * (1 + FRAGMENTATION) / GIB
     return needed <= GPUS[gpu], needed
+
+
+def predicted_activation_bytes(config: SonicTrainer.Config, *, num_gpus: int) -> int:
+    """What the layers of one rank keep for their backward in a run on `num_gpus` ranks here."""
+    layout = layout_of(config, num_gpus=num_gpus)
+    layers = -(-config.model.num_layers // layout.pipeline)
+    kept = total(layer_terms(_shape_here(config, layout), checkpointing_of(config)))
+    return layers * layout.pipeline * kept
+
+
+def describe_activations(config: SonicTrainer.Config, *, num_gpus: int) -> str:
+    """One line for the log of a run."""
+    layout = layout_of(config, num_gpus=num_gpus)
+    ours, *_, stock = peers(_shape_here(config, layout))
+    kept = predicted_activation_bytes(config, num_gpus=num_gpus)
+    return (
+        f"Activations that this rank keeps, predicted: {kept / GIB:.3f} GiB "
+        f"({tokens_of(config, layout):,} tokens, {config.model.num_layers} layers, activation "
+        f"checkpointing {checkpointing_of(config)}); the experts of one layer "
+        f"{ours.bytes / MIB:.1f} MiB, where stock TorchTitan would keep {stock.bytes / MIB:.1f} MiB"
+    )
+
+
+def _shape_here(config: SonicTrainer.Config, layout: Layout) -> LayerShape:
+    return shape_of(config, layout, load="expected", fused_norm=torch.cuda.is_available())

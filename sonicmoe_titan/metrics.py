@@ -21,6 +21,7 @@ from torchtitan.components.metrics import (
     BaseLogger,
     LoggerContainer,
     MetricsProcessor,
+    WandBLogger,
     _get_metrics_rank,
 )
 from torchtitan.tools import utils
@@ -112,10 +113,13 @@ class SonicMetrics(MetricsProcessor):
         if not self._is_reporter:
             return stock
         loggers = stock if isinstance(stock, LoggerContainer) else LoggerContainer()
+        device_name = utils.device_module.get_device_name()
+        on_cpu = utils.device_type == "cpu"
         header = run_header(
             config_dict or {},
-            device_name=utils.device_module.get_device_name(),
+            device_name=device_name,
             num_devices=dist.get_world_size() if dist.is_initialized() else 1,
+            peak_tflops=None if on_cpu else utils.get_peak_flops(device_name) / 1e12,
         )
         loggers.add_logger(RunLog(self._folder, header))
         return loggers
@@ -146,16 +150,22 @@ class SonicMetrics(MetricsProcessor):
                 logger.info(f"{self.color.cyan}{line}{self.color.reset}")
 
     def close(self) -> None:
-        """End the loggers and, if asked, write the run's table and figures."""
+        """Write the run's table and figures if asked, and end the loggers."""
+        if self._is_reporter and self.config.report:
+            try:
+                self._report()
+            except Exception as error:  # a figure must not fail a finished run
+                logger.warning(f"No report of this run: {error}")
         super().close()
-        if not (self._is_reporter and self.config.report):
-            return
+
+    def _report(self) -> None:
         from sonicmoe_titan.report import report_run
 
-        try:
-            report_run(self._folder)
-        except Exception as error:  # a figure must not fail a finished run
-            logger.warning(f"No report of this run: {error}")
+        figures = [path for path in report_run(self._folder) if path.suffix == ".png"]
+        for backend in getattr(self.logger, "_loggers", ()):
+            if isinstance(backend, WandBLogger):
+                images = {f"report/{path.stem}": backend.wandb.Image(str(path)) for path in figures}
+                backend.wandb.log(images)
 
     def _throughput_metrics(self, step: int) -> dict[str, float]:
         replicas = self.throughput.num_gpus / self.parallel_dims.non_data_parallel_size

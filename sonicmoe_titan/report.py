@@ -155,6 +155,8 @@ def _table(runs: Sequence[Run], summary: Sequence[tuple[str, list[str]]]) -> Tab
         table.add_column(run.name, justify="right")
     table.add_row("model", *(describe_model(run) for run in runs))
     table.add_row("device", *(_hardware(run) for run in runs))
+    if any(run.header.get("peak_tflops") for run in runs):
+        table.add_row("peak that MFU refers to", *(_peak(run) for run in runs))
     for label, values in summary:
         table.add_row(label, *values)
     return table
@@ -184,6 +186,11 @@ def describe_model(run: Run) -> str:
 
 def _hardware(run: Run) -> str:
     return f"{run.header.get('num_devices', '?')} x {run.header.get('device', 'unknown device')}"
+
+
+def _peak(run: Run) -> str:
+    peak = run.header.get("peak_tflops")
+    return "-" if peak is None else f"{peak:.0f} TFLOP/s"
 
 
 def _caption(runs: Sequence[Run]) -> str:
@@ -216,9 +223,11 @@ def _draw_loss(runs: Sequence[Run], path: Path, caption: str) -> Path:
         for index, run in enumerate(runs):
             colour, prefix = plots.colour(index), f"{run.name}: " if len(runs) > 1 else ""
             steps, losses = run.series(TRAIN_LOSS)
-            axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=0.9)
-            smooth = plots.smoothed(losses, len(losses) // 40)
-            axes.plot(steps, smooth, color=colour, label=f"{prefix}training, smoothed")
+            label, reach = f"{prefix}training", len(losses) // 40
+            if reach:
+                axes.plot(steps, losses, color=colour, alpha=0.35, linewidth=0.9)
+                label = f"{label}, smoothed"
+            axes.plot(steps, plots.smoothed(losses, reach), color=colour, label=label)
             steps, losses = run.series(VALIDATION_LOSS)
             if steps:
                 axes.plot(

@@ -47,12 +47,18 @@ class RunLog(BaseLogger):
             file.write(json.dumps(record, default=str) + "\n")
 
 
-def run_header(config: Mapping[str, Any], *, device_name: str, num_devices: int) -> Record:
-    """What the figures' captions and the comparison of runs need to know of a run."""
+def run_header(
+    config: Mapping[str, Any], *, device_name: str, num_devices: int, peak_tflops: float | None
+) -> Record:
+    """What the figures' captions and the comparison of runs need to know of a run.
+
+    `peak_tflops` is the dense bf16 peak of one device that MFU refers to, None if it has none.
+    """
     return {
         "config": {key: value for key, value in config.items() if key != "model_spec"},
         "device": device_name,
         "num_devices": num_devices,
+        "peak_tflops": peak_tflops,
         "host": platform.node(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": sys.argv,

@@ -53,7 +53,7 @@ class SonicTrainer(Trainer):
         return ranks * self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
 
     def _account_activations(self) -> None:
-        from sonicmoe_titan.memory import describe_activations, predicted_activation_bytes
+        from sonicmoe_titan.memory_fit import describe_activations, predicted_activation_bytes
 
         num_ranks = dist.get_world_size()
         logger.info(describe_activations(self.config, num_gpus=num_ranks))
