@@ -5,12 +5,15 @@
 losses. Starting Python and importing TorchTitan costs more than the runs themselves.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import os
 import subprocess
 import sys
 import traceback
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import CrossEntropyLoss
@@ -61,23 +66,38 @@ SEQ_LEN = 64
 
 
 class RandomTokens(BaseDataLoader):
-    """The same random batches in every run, different on every data-parallel rank."""
+    """Random sequences that depend on their number in the run alone, not on how ranks, microbatches
+    and accumulation steps share them out: every layout sees the same ones in the same step."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
         pass
 
     def __init__(
-        self, config: Config, *, dp_rank: int, seq_len: int, local_batch_size: int, **_: Any
+        self,
+        config: Config,
+        *,
+        dp_rank: int,
+        dp_world_size: int,
+        seq_len: int,
+        local_batch_size: int,
+        **_: Any,
     ) -> None:
-        self.generator = torch.Generator().manual_seed(100 + dp_rank)
-        self.shape = (local_batch_size, seq_len + 1)
+        self.batch_size, self.seq_len = local_batch_size, seq_len
+        self.batch, self.stride = dp_rank, dp_world_size
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         while True:
-            # half of the vocabulary never shows up, so that there is something to learn
-            tokens = torch.randint(0, ARGS.vocab_size // 2, self.shape, generator=self.generator)
+            first = self.batch * self.batch_size
+            rows = [self._sequence(number) for number in range(first, first + self.batch_size)]
+            tokens = torch.stack(rows)
+            self.batch += self.stride
             yield {"input": tokens[:, :-1]}, tokens[:, 1:]
+
+    def _sequence(self, number: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(number)
+        # half of the vocabulary never shows up, so that there is something to learn
+        return torch.randint(0, ARGS.vocab_size // 2, (self.seq_len + 1,), generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -111,13 +131,20 @@ class ProbeTrainer(SonicTrainer):
     class Config(SonicTrainer.Config):
         pass
 
-    def init_distributed(self) -> ParallelDims:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.losses: list[float] = []
+        self.collectives = Collectives()
+        for part in self.model_parts:
+            set_weights(part)
+
+    def init_distributed(self) -> ParallelDims:
         return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
 
     def train_step(self, data_iterator: Any) -> None:
         self.loss = torch.zeros((), dtype=torch.float64)
-        super().train_step(data_iterator)
+        with contextlib.nullcontext() if self.config.compile.enable else self.collectives:
+            super().train_step(data_iterator)
         dist.all_reduce(self.loss)
         self.losses.append(self.loss.item() / self.parallel_dims.tp)
 
@@ -126,6 +153,33 @@ class ProbeTrainer(SonicTrainer):
         if not self.parallel_dims.pp_enabled or self.pp_has_last_stage:
             self.loss += loss.detach().double().sum()
         return loss
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the functional collectives that really run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "_c10d_functional" and "wait" not in func.name():
+            self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def set_weights(model: torch.nn.Module) -> None:
+    """Give every parameter values that depend on its name alone, whatever the layout."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            continue
+        name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        value = 0.05 * torch.randn(parameter.shape, generator=generator)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -151,6 +205,7 @@ class Run:
 @dataclass(frozen=True)
 class Result:
     losses: list[float]
+    collectives: Counter[str] = field(default_factory=Counter)
     inspected: Any = None
 
 
@@ -197,7 +252,7 @@ def train(run: Run) -> Result:
             trainer.step += 1
             trainer.train_step(iterator)
         inspected = None if run.inspect is None else run.inspect(trainer)
-        return Result(trainer.losses, inspected)
+        return Result(trainer.losses, trainer.collectives.count, inspected)
     finally:
         GroupedExperts.forward = experts_forward
 
@@ -233,8 +288,10 @@ def _without_bfloat16(forward: Callable[..., torch.Tensor]) -> Callable[..., tor
     return patched
 
 
-def launch(runs: dict[str, Run], *, ranks: int, folder: Path) -> dict[str, list[Result]]:
-    """Train every run on `ranks` processes; name -> one Result per rank.
+def launch(
+    runs: dict[str, Run | Callable[[], Any]], *, ranks: int, folder: Path
+) -> dict[str, list[Any]]:
+    """Train every run, or call every function, on `ranks` processes; name -> one result per rank.
 
     Once per `folder` even when pytest's workers ask at the same time. A run that fails is returned
     as the traceback's text in place of its results.
@@ -249,7 +306,7 @@ def launch(runs: dict[str, Run], *, ranks: int, folder: Path) -> dict[str, list[
     return {name: [outcome[name] for outcome in outcomes] for name in runs}
 
 
-def _spawn(ranks: int, folder: Path, runs: dict[str, Run]) -> None:
+def _spawn(ranks: int, folder: Path, runs: dict[str, Any]) -> None:
     torch.save(runs, folder / "runs.pt")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     processes = []
@@ -287,7 +344,7 @@ def _main(folder: Path) -> None:
     outcomes = {}
     for name, run in torch.load(folder / "runs.pt", weights_only=False).items():
         try:
-            outcomes[name] = train(run)
+            outcomes[name] = train(run) if isinstance(run, Run) else run()
         except Exception:
             outcomes[name] = traceback.format_exc()
             print(name, outcomes[name], flush=True)
