@@ -129,7 +129,13 @@ class ProbeTrainer(SonicTrainer):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SonicTrainer.Config):
-        pass
+        stock: bool = False
+
+        def __post_init__(self) -> None:
+            SonicTrainer.Config.__post_init__(self)
+            if self.stock:
+                for layer in self.model_spec.model.layers:
+                    layer.moe = to_stock(layer.moe)
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -212,6 +218,7 @@ class Result:
 def train(run: Run) -> Result:
     """Execute a run on this rank's process group."""
     config = ProbeTrainer.Config(
+        stock=run.stock,
         model=dataclasses.replace(ARGS, **run.model),
         loss=CrossEntropyLoss.Config(),
         metrics=MetricsProcessor.Config(log_freq=1),
@@ -235,10 +242,6 @@ def train(run: Run) -> Result:
         debug=DebugConfig(seed=1),
         **{"activation_checkpoint": None, **run.trainer},
     )
-    if run.stock:
-        layers = config.model_spec.model.layers
-        for layer in layers:
-            layer.moe = to_stock(layer.moe)
     experts_forward = GroupedExperts.forward
     if run.float32:
         GroupedExperts.forward = _without_bfloat16(experts_forward)
@@ -252,6 +255,10 @@ def train(run: Run) -> Result:
             trainer.step += 1
             trainer.train_step(iterator)
         inspected = None if run.inspect is None else run.inspect(trainer)
+        # a comparison with stock must be one: what ran is what the run says
+        blocks = [block for part in trainer.model_parts for block in part.layers.values()]
+        overridden = bool(config.override.imports)
+        assert all(isinstance(b.moe, SonicMoE) != (run.stock and not overridden) for b in blocks)
         return Result(trainer.losses, trainer.collectives.count, inspected)
     finally:
         GroupedExperts.forward = experts_forward

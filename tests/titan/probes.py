@@ -1,0 +1,28 @@
+"""What runs look at after their last step; importable, because the ranks are other processes."""
+
+from typing import Any
+
+import torch
+
+from sonicmoe_titan.stats import collect
+
+
+def layer_stats(trainer: Any) -> list[dict[str, Any]]:
+    """Per MoE layer of this rank: the statistics by name, the load, and TorchTitan's own count."""
+    blocks = [block for part in trainer.model_parts for block in part.layers.values()]
+    chosen = [block.moe.tokens_per_expert_E for block in blocks]
+    return [
+        dict(zip(stats.NAMES, stats.values_V.tolist(), strict=True))
+        | {"load": stats.load_E.tolist(), "chosen": chosen[layer].tolist(), "layer": layer}
+        for layer, stats in collect(trainer.model_parts)
+    ]
+
+
+def evaluation_loss(trainer: Any) -> float:
+    """Mean cross-entropy of fixed tokens in evaluation mode."""
+    (model,) = trainer.model_parts
+    model.eval()
+    tokens = torch.arange(128).view(2, 64) % 61
+    with torch.no_grad(), trainer.train_context():
+        logits = model(tokens).float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
