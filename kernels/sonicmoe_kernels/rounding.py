@@ -135,8 +135,8 @@ def _rank(chosen_ET: Tensor, score_ET: Tensor) -> _Ranking:
     addable_ET = ~chosen_ET & ~score_ET.isneginf()
     chosen_E = chosen_ET.sum(dim=1)
     among_chosen_ET = chosen_ET.cumsum(1, dtype=torch.int32)
-    among_addable_ET = addable_ET.cumsum(1, dtype=torch.int32) + chosen_E.unsqueeze(1)
-    place_ET = among_addable_ET.to(torch.int32).masked_fill(~addable_ET, T + 1)
+    after_chosen_ET = addable_ET.cumsum(1, dtype=torch.int32) + chosen_E.unsqueeze(1).int()
+    place_ET = after_chosen_ET.masked_fill(~addable_ET, T + 1)
     return _Ranking(
         token_ET=token_ET,
         score_ET=score_ET,

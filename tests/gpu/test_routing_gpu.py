@@ -78,3 +78,18 @@ def test_a_captured_graph_routes_new_logits(routing: str) -> None:
         assert_same_plan(plan, want)
         (want_TE,) = torch.autograd.grad(want.score_R.square().sum(), logits_TE)
         assert gradient_TE.equal(want_TE)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_torch_accepts_every_step_as_deterministic(routing: str) -> None:
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            logits_TE, uniform_E = (tensor.cuda() for tensor in draw(0))
+            logits_TE.requires_grad_()
+            score_R = route(logits_TE, uniform_E, routing).score_R
+            gradients += torch.autograd.grad(score_R.square().sum(), logits_TE)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert gradients[0].equal(gradients[1])
