@@ -178,29 +178,40 @@ def _loadable(state_dict: dict[str, Any], checkpoint: str) -> dict[str, Any]:
             f"{checkpoint} is no complete checkpoint: give the folder of another step, "
             "or --checkpoint.load_step -1 for the newest complete one"
         )
-    there = metadata.state_dict_metadata.keys()
+    there = metadata.state_dict_metadata
     loadable = dict(state_dict)
     for group, value in state_dict.items():
         entries = value.state_dict() if isinstance(value, Stateful) else value
         if group == DATALOADER:
             _check_degree(entries, there, checkpoint)
-        missing = sorted(flatten_state_dict({group: entries})[0].keys() - there)
-        if not missing:
-            continue
-        if group == DATALOADER:
+        wanted = flatten_state_dict({group: entries})[0]
+        missing = sorted(wanted.keys() - there.keys())
+        if missing and group == DATALOADER:
             logger.warning(f"{checkpoint} has no position for this data loader: data start anew")
-        elif group == GENERATORS:
+            del loadable[group]
+        elif missing and group == GENERATORS:
             logger.warning(
                 f"{checkpoint} has no random state for this rank: it keeps its fresh one"
             )
-        else:
+            del loadable[group]
+        elif missing:
             raise ValueError(
                 f"{checkpoint} lacks {missing[0]}: it belongs to another model or holds the model "
                 "alone; to start from its weights give it as --checkpoint.initial_load_path with a "
                 "new --checkpoint.folder"
             )
-        del loadable[group]
+        _check_shapes(wanted, there, checkpoint)
     return loadable
+
+
+def _check_shapes(wanted: dict[str, Any], there: dict[str, Any], checkpoint: str) -> None:
+    for name, value in wanted.items():
+        saved = getattr(there.get(name), "size", None)
+        if isinstance(value, Tensor) and saved is not None and saved != value.shape:
+            raise ValueError(
+                f"{checkpoint} holds {name} as {tuple(saved)}, this run has {tuple(value.shape)}: "
+                "it belongs to another model; restore [model], or give a new --checkpoint.folder"
+            )
 
 
 def _check_degree(position: dict[str, Any], there: Iterable[str], checkpoint: str) -> None:

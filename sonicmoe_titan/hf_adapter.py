@@ -39,7 +39,7 @@ class SonicStateDictAdapter(Qwen3StateDictAdapter):
     Every conversion raises ValueError for a model, or an entry, that the target has no place for.
     """
 
-    model_config: Qwen3Model.Config
+    model_config: Qwen3Model.Config  # pyrefly: ignore [bad-override-mutable-attribute]
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return `state_dict` under the target's names, the experts' weights one by one."""

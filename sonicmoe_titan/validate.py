@@ -16,7 +16,6 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.distributed import utils as dist_utils
-from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
@@ -81,7 +80,7 @@ class SonicValidator(Validator):
         self, input_dict: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """As stock, with the positions that the attention needs."""
-        input_dict = with_sequence_positions(input_dict, cast(Decoder, model_parts[0]).config)
+        input_dict = with_sequence_positions(input_dict, cast(Any, model_parts[0]).config)
         return super().post_dataloading_process(input_dict, labels, model_parts)
 
     def _read_batches(self) -> list[Batch]:

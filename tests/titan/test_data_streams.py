@@ -26,8 +26,11 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset folder with the configurations of both streamed corpora."""
-    folder = tmp_path_factory.mktemp("dataset")
+    return write_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def write_dataset(folder: Path) -> Path:
+    """Fill a dataset folder with the configurations of both streamed corpora."""
     for i in range(SHARDS):
         with gzip.open(folder / f"train-{i}.json.gz", "wt") as out:
             for j in range(DOCUMENTS):

@@ -2,17 +2,20 @@
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.metrics import BaseLogger, MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.config import DebugConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
+from torchtitan.trainer import Trainer
 
 import sonicmoe_titan  # prepares TorchTitan for the CPU  # noqa: F401
 from sonicmoe_titan.checkpoint import SonicCheckpointManager
@@ -38,6 +41,11 @@ DATA = TextDataLoader.Config(max_bytes=1_000_000, validation_fraction=0.1)
 VALIDATION = dataclasses.replace(DATA, split="validation")
 
 
+def forget_meshes() -> None:
+    """Drop DTensor's cache: equal meshes of two runs are two objects, it hands out the older."""
+    _clear_sharding_prop_cache()
+
+
 class TinyTrainer(SonicTrainer):
     """The trainer inside a process group that outlives it, noting every step's mean loss."""
 
@@ -47,6 +55,7 @@ class TinyTrainer(SonicTrainer):
 
     def init_distributed(self) -> ParallelDims:
         self.losses: dict[int, float] = {}
+        forget_meshes()
         return ParallelDims.from_config(self.config.parallelism, dist.get_world_size())
 
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
@@ -92,15 +101,36 @@ def config(
     )
 
 
-def train(run: TinyTrainer.Config) -> tuple[dict[int, float], str]:
-    """Train; return the loss of every step and a digest of parameters and optimizer state."""
+@dataclass
+class Recorder(BaseLogger):
+    """Keeps what would go to wandb and TensorBoard."""
+
+    logged: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.logged.setdefault(step, {}).update(metrics)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind: global loss of every step, digest of its state, logged metrics."""
+
+    losses: dict[int, float]
+    digest: str
+    logged: dict[int, dict[str, Any]]
+
+
+def train(run: Trainer.Config) -> Result:
+    """Train from the newest checkpoint to the last step."""
     trainer = run.build()
-    trainer.train()
+    trainer.metrics_processor.logger = recorder = Recorder()
+    with mock.patch("time.sleep"):  # rank 0 waits two seconds for ranks that are long done
+        trainer.train()
     trainer.close()
-    return trainer.losses, digest(trainer)
+    return Result(getattr(trainer, "losses", {}), digest(trainer), recorder.logged)
 
 
-def digest(trainer: TinyTrainer) -> str:
+def digest(trainer: Trainer) -> str:
     """Return a hash of this rank's parameters, buffers and optimizer state."""
     sha = hashlib.sha256()
     for part in trainer.model_parts:
