@@ -1,0 +1,205 @@
+"""What a run logs, over all ranks."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sonicmoe_titan.metrics import SonicMetrics, _console_line
+from sonicmoe_titan.routing_metrics import Gathered, routing_metrics
+from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
+from sonicmoe_titan.stats import RouterStats
+from tests.titan import tiny
+from tests.titan.metrics_scenarios import (
+    gather_and_train,
+    model_with_stats,
+)
+from tests.titan.ranks import run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def logged(shared_folder: Path) -> tuple[Run, int]:
+    """A finished run of two ranks and the tokens that it saw."""
+    (_, (folder, tokens)), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    return read_run(folder), tokens
+
+
+def _gathered(**values: float) -> Gathered:
+    """One layer with load 3, 1, 0, 0."""
+    row = [values.get(name, 0.0) for name in RouterStats.NAMES]
+    load_LE = torch.tensor([[3.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    return Gathered([2], torch.tensor([row], dtype=torch.float64), load_LE)
+
+
+def test_routing_metrics_are_the_ratios_they_say() -> None:
+    metrics = routing_metrics(
+        _gathered(
+            microbatches=4,
+            tokens=10,
+            rows=40,
+            rows_computed=50,
+            rows_added=5,
+            rows_dropped=3,
+            entropy=20,
+            aux_loss=6,
+            z_loss=2,
+        )
+    )
+    expected = {
+        "padding_waste": 0.25,
+        "rows_added": 5 / 38,
+        "rows_dropped": 3 / 38,
+        "max_over_mean_load": 3.0,
+        "router_entropy": 2.0,
+        "aux_loss": 1.5,
+        "z_loss": 0.5,
+    }
+    for name, value in expected.items():
+        assert metrics[f"moe/{name}"] == pytest.approx(value), name
+        assert metrics[f"moe_layer_02/{name}"] == pytest.approx(value), name
+
+
+def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
+    shared_folder: Path,
+) -> None:
+    results = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    for (both, staged, left), _ in results:
+        assert both.layer_ids == [0, 1]
+        assert staged.layer_ids == [1, 3]
+        assert left == 0.0
+        for row, layer in enumerate((0, 1)):
+            stats = [
+                model_with_stats([layer], seed=rank).layers[str(layer)].moe.stats for rank in (0, 1)
+            ]
+            summed = sum(s.values_V.double() for s in stats)
+            torch.testing.assert_close(both.values_LV[row], summed)
+            torch.testing.assert_close(both.load_LE[row], sum(s.load_E.double() for s in stats))
+
+
+def test_record_holds_every_metric(logged: tuple[Run, int]) -> None:
+    run, _ = logged
+    record = run.training[-1]
+    for name in (
+        TRAIN_LOSS,
+        "n_tokens_seen",
+        "throughput/tokens_per_day",
+        "throughput/tokens_per_second_per_gpu",
+        "throughput/gpu_days_per_billion_tokens",
+        "throughput/eta_hours",
+        "throughput_average/tokens_per_day",
+        "moe/padding_waste",
+        "moe/rows_added",
+        "moe/rows_dropped",
+        "moe/max_over_mean_load",
+        "moe/router_entropy",
+        "moe/aux_loss",
+        "moe/z_loss",
+        "moe_layer_01/padding_waste",
+        "memory/activations_predicted(GiB)",
+    ):
+        assert name in record, name
+    assert [r["step"] for r in run.training] == [1, 2, 4, 6, 8]
+    assert "throughput/tokens_per_day" not in run.training[1]  # it ends the warm-up
+    assert "throughput/mfu(%)" not in record or run.header["peak_tflops"]
+
+
+def test_tokens_and_rows_count_all_ranks(logged: tuple[Run, int]) -> None:
+    run, tokens = logged
+    assert run.last("n_tokens_seen") == tokens == 8 * 2 * 2 * 64
+    rate = run.training[-1]
+    per_gpu = rate["throughput/tokens_per_second_per_gpu"]
+    assert rate["throughput/tokens_per_day"] == pytest.approx(2 * 86400 * per_gpu)
+    assert rate["throughput/gpu_days_per_billion_tokens"] == pytest.approx(
+        2e9 / rate["throughput/tokens_per_day"]
+    )
+    # tiles of 8 rounded to: each expert's rows are whole tiles on both ranks, in both steps
+    assert run.load_LE is not None
+    assert len(run.load_LE) == 2
+    assert all(load % 8 == 0 for layer in run.load_LE for load in layer)
+    chosen = 2 * 2 * (2 * 64) * 2
+    change = run.training[-1]["moe_layer_00/rows_added"] - rate["moe_layer_00/rows_dropped"]
+    assert sum(run.load_LE[0]) == pytest.approx(chosen * (1 + change))
+
+
+def test_validation_is_recorded_and_does_not_disturb_the_routing_numbers(
+    logged: tuple[Run, int],
+) -> None:
+    run, _ = logged
+    assert [record["step"] for record in run.validation] == [1, 4, 8]
+    assert all(record[VALIDATION_LOSS] > 0 for record in run.validation)
+    # a validation in the window would add top-k rows that are no whole tiles
+    assert all(record["moe/rows_added"] > 0 for record in run.training[1:])
+
+
+def test_end_of_run_leaves_figures_a_table_and_loggers_files(logged: tuple[Run, int]) -> None:
+    run, _ = logged
+    report = run.folder / "report"
+    for name in ("loss", "tokens_per_day", "padding_waste", "expert_load"):
+        assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG"), name
+    rows = dict(csv.reader((report / "summary.csv").open()))
+    assert rows["steps"] == "8"
+    assert list(run.folder.glob("tb/*/events.out.tfevents.*"))
+    assert list(run.folder.glob("tb/*/wandb/offline-run-*"))
+
+
+def test_wandb_goes_offline_without_a_key_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from sonicmoe_titan import metrics
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(metrics.logger, "propagate", True)
+    with caplog.at_level("INFO"):
+        metrics._prepare_wandb()
+        metrics._prepare_wandb()
+    assert metrics.os.environ["WANDB_MODE"] == "offline"
+    assert caplog.text.count("recorded offline") == 1
+
+
+@pytest.mark.parametrize("key", ["WANDB_API_KEY", "WANDB_MODE"])
+def test_wandb_setting_of_the_user_stands(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    from sonicmoe_titan import metrics
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv(key, "online")
+    metrics._prepare_wandb()
+    assert metrics.os.environ["WANDB_MODE"] == ("online" if key == "WANDB_MODE" else "")
+
+
+@pytest.mark.parametrize(("tile", "warns"), [(128, False), (256, False), (96, True), (32, True)])
+def test_partial_tile_warns(tile: int, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    from sonicmoe_titan import metrics
+
+    metrics.logger.propagate = True
+    with caplog.at_level("WARNING"):
+        metrics._warn_of_partial_tiles({"router": "token_rounding", "rounding_tile": tile})
+        metrics._warn_of_partial_tiles({"router": "topk", "rounding_tile": tile})
+    assert ("rounding_tile" in caplog.text) == warns
+    assert caplog.text.count("rounding_tile") == (1 if warns else 0)
+
+
+def test_illegal_settings_are_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"metrics.log_freq = 0: expected 1 or more"):
+        SonicMetrics.Config(log_freq=0)
+
+
+def test_console_line_shows_what_is_there() -> None:
+    assert _console_line({}, None) == ""
+    line = _console_line({"throughput/tokens_per_day": 2.13e11}, 3600.0)
+    assert line == "tokens/day: 2.13e+11  ETA: 1:00:00"
+
+
+def test_run_config_is_recorded_without_the_model_spec(logged: tuple[Run, int]) -> None:
+    run, _ = logged
+    config = run.header["config"]
+    assert config["model"]["router"] == "token_rounding"
+    assert config["training"]["steps"] == 8
+    assert "model_spec" not in config
+    assert json.dumps(run.header)
+    assert run.header["num_devices"] == 2
+    assert tiny.ARGS.num_experts == config["model"]["num_experts"]
