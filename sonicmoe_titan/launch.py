@@ -10,11 +10,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sonicmoe_titan import check
+from sonicmoe_titan.config_registry import CONFIGS
 from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR
 from sonicmoe_titan.toml_config import Command
 
 USAGE = "usage: sonicmoe train [CONFIG] [--nproc PROCESSES] [--KEY VALUE ...]"
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "debug.toml"
+DEFAULT_CONFIG = CONFIGS / "debug.toml"
 
 
 def main(argv: list[str]) -> int:

@@ -1,7 +1,7 @@
 """A run's configuration: command line over TOML file over recipe, checked key by key.
 
 [job]
-recipe = "debug"          # a function of config_registry
+recipe = "base"           # or a file of configs/: "moe_7b"
 [model]
 router = "topk"
 [training]
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sonicmoe_titan import config_registry
 from sonicmoe_titan.config_text import to_toml
@@ -134,11 +133,6 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Given]]:
     return parsed
 
 
-def recipes() -> dict[str, Any]:
-    """Name -> function of every recipe."""
-    return {name: getattr(config_registry, name) for name in config_registry.__all__}
-
-
 def _read_toml(path: Path) -> Table:
     try:
         text = path.read_text(encoding="utf-8")
@@ -180,7 +174,7 @@ def _recipe(job: Table, path: str) -> SonicTrainer.Config:
             raise ConfigError(
                 f"{source}: {JOB}.{key}: unknown key{nearest(key, ['recipe'])}; expected recipe"
             )
-    known = recipes()
+    known = config_registry.RECIPES
     given = job.get("recipe")
     if given is None:
         raise ConfigError(f'{path}: [job] recipe = "..." is missing; {one_of(known)}')
@@ -189,7 +183,7 @@ def _recipe(job: Table, path: str) -> SonicTrainer.Config:
         raise ConfigError(
             f"{given.source}: job.recipe = {given.value!r}: unknown recipe; {one_of(known)}{near}"
         )
-    return known[given.value]()
+    return getattr(config_registry, given.value)()
 
 
 @contextmanager
