@@ -71,4 +71,4 @@ def _correct_imported_modules() -> None:
         if name.startswith("torchtitan.") and getattr(module, "device_type", None) == "cuda":
             module.device_type = "cpu"  # pyrefly: ignore [missing-attribute]
             if hasattr(module, "device_module"):
-                module.device_module = torch.cpu
+                module.device_module = torch.cpu  # pyrefly: ignore [missing-attribute]

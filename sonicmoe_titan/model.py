@@ -21,6 +21,7 @@ from torchtitan.models.common.config_utils import (
     make_routed_experts_config,
     make_router_config,
 )
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
@@ -61,7 +62,7 @@ def build_model_spec(args: ModelArgs, *, seq_len: int, flavor: str = "decoder") 
 
 
 def with_sequence_positions(
-    input_dict: dict[str, Tensor], config: Qwen3Model.Config
+    input_dict: dict[str, Tensor], config: Decoder.Config
 ) -> dict[str, Tensor]:
     """The loader's batch for this attention: positions count over the sequence without a mask.
 

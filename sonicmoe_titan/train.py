@@ -63,7 +63,8 @@ def _train(argv: list[str]) -> int:
     except Stopped:
         where = f"at step {trainer.step}"
         if config.checkpoint.enable:
-            where += f"; resumes from the last checkpoint in {trainer.checkpointer.folder}"
+            folder = Path(config.dump_folder) / config.checkpoint.folder
+            where += f"; resumes from the last checkpoint in {folder}"
         _say(f"stopping {where}")
         raise
     finally:

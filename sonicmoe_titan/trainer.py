@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+from torchtitan.models.common.decoder import Decoder
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -25,13 +26,15 @@ class SonicTrainer(Trainer):
 
         def __post_init__(self) -> None:
             self.model_spec = build_model_spec(self.model, seq_len=self.training.seq_len)
-            wrapped = isinstance(self.loss, ChunkedLossWrapper.Config)
-            loss = self.loss.loss_fn if wrapped else self.loss
+            loss = self.loss
+            if isinstance(loss, ChunkedLossWrapper.Config):
+                loss = loss.loss_fn
             if isinstance(loss, CrossEntropyLoss.Config):
                 loss.global_vocab_size = self.model.vocab_size
             Trainer.Config.__post_init__(self)
 
-    config: Config
+    config: Config  # pyrefly: ignore [bad-override-mutable-attribute]
+    model_config: Decoder.Config  # pyrefly: ignore [bad-override-mutable-attribute]
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
