@@ -181,7 +181,7 @@ def _measure(
 
 
 def _comparison_table(compared: Sequence[Comparison], shape: LayerShape) -> Table:
-    device = "GPU" if shape.fused_norm else "CPU"
+    device = "GPU" if shape.on_gpu else "CPU"
     table = Table(
         title=f"Predicted against what autograd keeps on this {device}, "
         f"{shape.num_tokens:,} tokens, one rank",

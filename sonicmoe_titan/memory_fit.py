@@ -115,7 +115,7 @@ def tokens_of(config: SonicTrainer.Config, layout: Layout) -> int:
 
 
 def shape_of(
-    config: SonicTrainer.Config, layout: Layout, *, load: Load, fused_norm: bool = True
+    config: SonicTrainer.Config, layout: Layout, *, load: Load, on_gpu: bool = True
 ) -> LayerShape:
     """The layer of a run; on a GPU the norm is fused."""
     return LayerShape(
@@ -124,7 +124,7 @@ def shape_of(
         value_bytes=DTYPE_BYTES[config.training.mixed_precision_param],
         expert_parallel=layout.expert,
         load=load,
-        fused_norm=fused_norm,
+        on_gpu=on_gpu,
     )
 
 
@@ -222,4 +222,4 @@ def describe_activations(config: SonicTrainer.Config, *, num_gpus: int) -> str:
 
 
 def _shape_here(config: SonicTrainer.Config, layout: Layout) -> LayerShape:
-    return shape_of(config, layout, load="expected", fused_norm=torch.cuda.is_available())
+    return shape_of(config, layout, load="expected", on_gpu=torch.cuda.is_available())

@@ -52,7 +52,7 @@ def measured_shape(shape: LayerShape, *, tokens: int | None, cpu_tokens: int) ->
         # flex and varlen attention need masks, and keep the same tensors
         args=dataclasses.replace(args, attention="sdpa"),
         num_tokens=tokens,
-        fused_norm=on_gpu,
+        on_gpu=on_gpu,
         expert_parallel=1,
     )
 
@@ -80,7 +80,8 @@ def measure_layer(
     ]
     if policy is not None:
         wrapped = policy._wrap_block(block, base_fqn="layers.0")
-        out_BLD, allocated = allocated_bytes(lambda: wrapped(*_inputs(x_BLD)), device=device)
+        inputs = _inputs(x_BLD)
+        out_BLD, allocated = allocated_bytes(lambda: wrapped(*inputs), device=device)
         predicted = total(layer_terms(shape, checkpointing))
         x_bytes, out_bytes = (t.untyped_storage().nbytes() for t in (x_BLD, out_BLD))
         measured = allocated.live - out_bytes + x_bytes  # the policy keeps x, made before

@@ -45,7 +45,8 @@ class LayerShape:
     Attributes:
         num_tokens: T, tokens of one microbatch on this rank (after context parallelism).
         value_bytes: bytes of an activation or weight element: 2 for bf16 and fp16.
-        fused_norm: RMSNorm is one kernel (CUDA); composed of fp32 operations on a CPU.
+        on_gpu: on a CPU an RMSNorm is composed of fp32 operations, and selective checkpointing
+            does not know the attention kernel.
         expert_parallel: ranks that share the experts; divides E.
         load: under expert parallelism the rows that arrive are unknown: their bound, or their
             expectation under uniform routing.
@@ -54,7 +55,7 @@ class LayerShape:
     args: ModelArgs
     num_tokens: int
     value_bytes: int = 2
-    fused_norm: bool = True
+    on_gpu: bool = True
     expert_parallel: int = 1
     load: Load = "expected"
 
@@ -137,7 +138,7 @@ def experts_terms(shape: LayerShape) -> list[Term]:
 
 def norm_terms(shape: LayerShape, part: str, *, rows: int, width: int, source: str) -> list[Term]:
     """RMSNorm over `rows` vectors: one fused kernel keeps its input and 1 / rms, a CPU more."""
-    if shape.fused_norm:
+    if shape.on_gpu:
         kept = [Term(part, source, "", shape.value_bytes * rows * width)]
     else:
         kept = [
@@ -237,8 +238,11 @@ def layer_terms(shape: LayerShape, checkpointing: Checkpointing = "none") -> lis
     terms = [
         layer_input,
         Term("attention", "q k v projected", "T (N+2V) H", b * T * (N + 2 * V) * H),
-        Term("attention", "output", "T N H", b * T * N * H),
-        Term("attention", "log-sum-exp", "T N", FP32 * T * N),
+    ]
+    if shape.on_gpu:
+        terms.append(Term("attention", "output", "T N H", b * T * N * H))
+        terms.append(Term("attention", "log-sum-exp", "T N", FP32 * T * N))
+    terms += [
         Term("router", "top-k values", "T K", FP32 * T * args.top_k),
         Term("router", "top-k indices", "T K int64", INT64 * T * args.top_k),
         Term("experts", "O", "T D", b * shape.received_tokens * args.dim),
