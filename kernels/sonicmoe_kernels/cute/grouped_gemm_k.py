@@ -419,18 +419,20 @@ class GroupedGemmK:
                 cute.copy(copy_slab, tRrSlab, tRsOut[None, None, None, buffer])
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.barrier(barrier_id=BARRIER_STORE + consumer, number_of_threads=WARPGROUP)
-                row = m * CONSUMERS + consumer
-                slab = n * slabs + c
-                if warp_in_group == 0 and row * ROWS < self.D and slab * SLAB < self.N:
-                    if const_expr(self.outputs == 1):
-                        self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
-                    else:
+                if warp_in_group == 0:
+                    row = m * CONSUMERS + consumer
+                    slab = n * slabs + c
+                    if row * ROWS < self.D and slab * SLAB < self.N:
                         half_slabs = self.F // SLAB
-                        if slab < half_slabs:
+                        if const_expr(self.outputs == 1):
                             self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
                         else:
-                            slab -= half_slabs
-                            self.store_slab(store2, tma_out2, sOut, buffer, row, slab, expert)
+                            if slab < half_slabs:
+                                self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
+                            else:
+                                slab -= half_slabs
+                                self.store_slab(store2, tma_out2, sOut, buffer, row, slab, expert)
+                    # Also without a store: the wait above counts groups.
                     cute.arch.cp_async_bulk_commit_group()
             unit += self.unit_step()
         if warp_in_group == 0:
