@@ -20,6 +20,7 @@ TINY_HSDP = (
     *("--model.num_layers=2", "--model.vocab_size=512", "--tokenizer.vocab_size=512"),
     *("--tokenizer.train_bytes=200000", "--dataloader.max_bytes=1000000"),
     *("--dataloader.validation_fraction=0.1", "--validator.enable=false", "--metrics.log_freq=1"),
+    "--metrics.report=false",
     *("--lr_scheduler.warmup_steps=1", "--lr_scheduler.total_steps=10", "--checkpoint.enable"),
     *("--training.local_batch_size=2", "--training.seq_len=64", "--model.rounding_tile=16"),
     "--parallelism.data_parallel_replicate_degree=2",
