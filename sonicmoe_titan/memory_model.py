@@ -136,6 +136,17 @@ def experts_terms(shape: LayerShape) -> list[Term]:
     ]
 
 
+def dispatch_terms(shape: LayerShape) -> list[Term]:
+    """What expert parallelism keeps beside the experts' own: nothing on one rank."""
+    if shape.expert_parallel == 1:
+        return []
+    sent_tokens = shape.received_tokens  # as many, summed over the ranks
+    return [
+        Term("dispatch", "sent tokens", "U int64", INT64 * sent_tokens),
+        Term("dispatch", "source of each received score", "R int32", INT32 * shape.rows),
+    ]
+
+
 def norm_terms(shape: LayerShape, part: str, *, rows: int, width: int, source: str) -> list[Term]:
     """RMSNorm over `rows` vectors: one fused kernel keeps its input and 1 / rms, a CPU more."""
     if shape.on_gpu:
@@ -217,7 +228,18 @@ def _auxiliary_loss_terms(shape: LayerShape) -> list[Term]:
 
 def moe_terms(shape: LayerShape) -> list[Term]:
     """Everything that the MoE block saves."""
-    return [*experts_terms(shape), *router_terms(shape), *shared_expert_terms(shape)]
+    args, b, T = shape.args, shape.value_bytes, shape.num_tokens
+    experts = experts_terms(shape)
+    if shape.expert_parallel > 1:  # the experts' X came from other ranks; the gate has its own
+        if args.redispatch_x:
+            experts = [term for term in experts if term.name != "X"]
+        experts.append(Term("router", "X of this rank", "T D", b * T * args.dim))
+    return [
+        *experts,
+        *dispatch_terms(shape),
+        *router_terms(shape),
+        *shared_expert_terms(shape),
+    ]
 
 
 def layer_terms(shape: LayerShape, checkpointing: Checkpointing = "none") -> list[Term]:
@@ -242,6 +264,10 @@ def layer_terms(shape: LayerShape, checkpointing: Checkpointing = "none") -> lis
     if shape.on_gpu:
         terms.append(Term("attention", "output", "T N H", b * T * N * H))
         terms.append(Term("attention", "log-sum-exp", "T N", FP32 * T * N))
+    if shape.expert_parallel > 1 and not args.redispatch_x:
+        received = b * shape.received_tokens * args.dim
+        terms.append(Term("dispatch", "X received", "T D", received))
+        terms.append(Term("dispatch", "output sent back", "T D", received))
     terms += [
         Term("router", "top-k values", "T K", FP32 * T * args.top_k),
         Term("router", "top-k indices", "T K int64", INT64 * T * args.top_k),

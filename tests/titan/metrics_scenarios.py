@@ -1,12 +1,19 @@
 """What the tests of the metrics run on two ranks."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from sonicmoe_kernels.moe import moe_experts
+from sonicmoe_kernels.routing import RoutingPlan, route_topk, token_rounding_plan
+from torch import Tensor, nn
 
+from sonicmoe_titan.expert_parallel import expert_parallel
+from sonicmoe_titan.memory_measure import SavedTensors
+from sonicmoe_titan.memory_model import LayerShape, dispatch_terms, experts_terms, total
 from sonicmoe_titan.metrics import SonicMetrics
+from sonicmoe_titan.model_args import Router
 from sonicmoe_titan.routing_metrics import Gathered, gather_stats
 from sonicmoe_titan.stats import RouterStats
 from tests.titan import tiny
@@ -30,9 +37,44 @@ def model_with_stats(layer_ids: list[int], *, seed: int) -> nn.Module:
     return part
 
 
-def gather_and_train(folder: Path) -> tuple[tuple[Gathered, Gathered, float], tuple[str, int]]:
-    """Both scenarios in one start of the ranks."""
-    return _gather_replicated_and_staged(), _train_with_metrics(folder)
+def gather_and_train(
+    folder: Path,
+) -> tuple[tuple[Gathered, Gathered, float], tuple[str, int], dict[str, tuple[int, int, int]]]:
+    """All scenarios in one start of the ranks."""
+    return _gather_replicated_and_staged(), _train_with_metrics(folder), _keep_under_ep()
+
+
+def _keep_under_ep() -> dict[str, tuple[int, int, int]]:
+    """Expected, bound and measured bytes that the experts keep when two ranks share them."""
+    return {router: _keep_with_router(router) for router in ("topk", "token_rounding")}
+
+
+def _keep_with_router(router: Router) -> tuple[int, int, int]:
+    args = dataclasses.replace(tiny.ARGS, router=router)
+    expected, bound = (
+        LayerShape(args=args, num_tokens=4096, value_bytes=4, expert_parallel=2, load=load)
+        for load in ("expected", "bound")
+    )
+    torch.manual_seed(dist.get_rank())
+    routed = route_topk(torch.randn(4096, args.num_experts), top_k=args.top_k, renormalize=True)
+    if router == "topk":
+        plan = RoutingPlan.from_topk(*routed[:2], num_experts=args.num_experts)
+    else:
+        plan = token_rounding_plan(*routed, rounding="nearest", tile=args.rounding_tile)
+    plan.score_R.requires_grad_()
+    e, F, D = expected.local_experts, args.expert_dim, args.dim
+    weights = [torch.randn(size).requires_grad_() for size in ((e, F, D), (e, F, D), (e, D, F))]
+
+    def experts(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        return moe_experts(x_TD, *weights, plan)
+
+    x_TD = torch.randn(4096, D, requires_grad=True)
+    with SavedTensors(weights) as saved:
+        out_TD = expert_parallel(x_TD, plan, experts, group=dist.group.WORLD)
+    measured = saved.bytes()
+    del out_TD
+    kept = [total([*experts_terms(shape), *dispatch_terms(shape)]) for shape in (expected, bound)]
+    return kept[0], kept[1], measured
 
 
 def _gather_replicated_and_staged() -> tuple[Gathered, Gathered, float]:

@@ -22,7 +22,7 @@ from tests.titan.ranks import run_on_ranks
 @pytest.fixture(scope="module")
 def logged(shared_folder: Path) -> tuple[Run, int]:
     """A finished run of two ranks and the tokens that it saw."""
-    (_, (folder, tokens)), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    (_, (folder, tokens), _), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
     return read_run(folder), tokens
 
 
@@ -65,7 +65,7 @@ def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
     shared_folder: Path,
 ) -> None:
     results = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
-    for (both, staged, left), _ in results:
+    for (both, staged, left), _, _ in results:
         assert both.layer_ids == [0, 1]
         assert staged.layer_ids == [1, 3]
         assert left == 0.0
@@ -76,6 +76,13 @@ def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
             summed = sum(s.values_V.double() for s in stats)
             torch.testing.assert_close(both.values_LV[row], summed)
             torch.testing.assert_close(both.load_LE[row], sum(s.load_E.double() for s in stats))
+
+
+def test_expert_parallelism_keeps_what_the_memory_model_expects(shared_folder: Path) -> None:
+    for _, _, kept in run_on_ranks(gather_and_train, ranks=2, base=shared_folder):
+        for router, (expected, bound, measured) in kept.items():
+            assert measured == pytest.approx(expected, rel=0.02), router
+            assert measured <= bound, router
 
 
 def test_record_holds_every_metric(logged: tuple[Run, int]) -> None:
