@@ -10,9 +10,10 @@ from torchtitan.config import OverrideConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from tests.titan import aux_loss_ranks, expert_parallel_ranks, probes
-from tests.titan.distributed import Run, launch
+from tests.titan.distributed import ARGS, Run, launch
 
 # Every layout gets four sequences a step, in whatever shares.
+ARGS_ROUNDING_TILE = ARGS.rounding_tile
 WHOLE = {"local_batch_size": 4}
 HALF = {"local_batch_size": 2}
 ROUNDING = {"router": "token_rounding"}
@@ -52,8 +53,8 @@ ONE: Runs = {
     "rounding": _run(model=ROUNDING, inspect=probes.layer_stats),
     "rounding, compiled, selective": _run(model=ROUNDING, compiled=True, trainer=SELECTIVE),
     "rounding, full": _run(model=ROUNDING, trainer=FULL),
-    "rounding, evaluated": _run(model=ROUNDING, steps=1, inspect=probes.evaluation_loss),
-    "plain, evaluated": _run(steps=1, inspect=probes.evaluation_loss),
+    "rounding, evaluated": _run(model=ROUNDING, steps=1, inspect=probes.evaluation),
+    "plain, evaluated": _run(steps=1, inspect=probes.evaluation),
     "aux": _run(model=AUX, inspect=probes.layer_stats),
     "aux, full": _run(model=AUX, trainer=FULL),
 }

@@ -157,8 +157,17 @@ class ProbeTrainer(SonicTrainer):
     def forward_backward_step(self, **kwargs: Any) -> torch.Tensor:
         loss = super().forward_backward_step(**kwargs)
         if not self.parallel_dims.pp_enabled or self.pp_has_last_stage:
-            self.loss += loss.detach().double().sum()
+            local = loss.to_local() if isinstance(loss, DTensor) else loss
+            self.loss += local.detach().double().sum()
         return loss
+
+
+COLLECTIVES = (
+    "all_to_all_single",
+    "all_reduce",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+)
 
 
 class Collectives(TorchDispatchMode):
@@ -169,8 +178,9 @@ class Collectives(TorchDispatchMode):
         self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "_c10d_functional" and "wait" not in func.name():
-            self.count[func.overloadpacket.__name__] += 1
+        name = func.overloadpacket.__name__
+        if func.namespace == "_c10d_functional" and name in COLLECTIVES:
+            self.count[name] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -179,6 +189,7 @@ def set_weights(model: torch.nn.Module) -> None:
     """Give every parameter values that depend on its name alone, whatever the layout."""
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
             continue
         name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from sonicmoe_titan.stats import collect
+from tests.titan.distributed import set_weights
 
 
 def layer_stats(trainer: Any) -> list[dict[str, Any]]:
@@ -18,11 +19,13 @@ def layer_stats(trainer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def evaluation_loss(trainer: Any) -> float:
-    """Mean cross-entropy of fixed tokens in evaluation mode."""
+def evaluation(trainer: Any) -> dict[str, float]:
+    """Mean cross-entropy of fixed tokens in evaluation mode, from the weights of the start."""
     (model,) = trainer.model_parts
+    set_weights(model)
     model.eval()
     tokens = torch.arange(128).view(2, 64) % 61
     with torch.no_grad(), trainer.train_context():
         logits = model(tokens).float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).item()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    return {"same weights": loss.item()}
