@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
 from sonicmoe_titan.model_args import parameter_counts
 from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
@@ -62,6 +63,8 @@ def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None
     _check_batch(config, num_processes)
     _check_tile(config)
     _check_paths(config)
+    if config.checkpoint.last_save_in_hf or config.checkpoint.initial_load_in_hf:
+        SonicStateDictAdapter(config.model_spec.model, None).architecture()
     if num_processes is not None:
         _check_machine(config)
 
@@ -230,7 +233,7 @@ def _check_paths(config: SonicTrainer.Config) -> None:
     while not folder.exists():
         folder = folder.parent
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(f'dump_folder = "{config.dump_folder}": {folder} is not writable')
+        raise ValueError(f'dump_folder = "{config.dump_folder}": {folder} is no folder to write to')
 
 
 def _check_machine(config: SonicTrainer.Config) -> None:

@@ -68,6 +68,9 @@ class SonicCheckpointManager(CheckpointManager):
     What a checkpoint lacks is either refused in one line, or left as in a fresh run with a warning:
     generators of a rank that did not exist, and the data position of another kind of loader (a
     stock TorchTitan run has neither).
+
+    Raises ValueError at once when an export or import for `transformers` is configured and the
+    model has no place there, not after the last step.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -77,8 +80,13 @@ class SonicCheckpointManager(CheckpointManager):
 
     def __init__(self, config: Config, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        if self.enable:
-            self.states[GENERATORS] = GeneratorState()
+        if not self.enable:
+            return
+        self.states[GENERATORS] = GeneratorState()
+        if (self.last_save_in_hf or self.initial_load_in_hf) and isinstance(
+            self.sd_adapter, SonicStateDictAdapter
+        ):
+            self.sd_adapter.architecture()
 
     def _load(self, step: int = -1) -> bool:
         self._remove_unfinished()

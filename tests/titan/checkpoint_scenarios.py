@@ -183,6 +183,12 @@ def one_rank(folder: Path) -> dict[str, Any]:
 
     results.update(_stock(folder, two / "dataset"))
     results.update(_passed_over(folder))
+    export = {"last_save_in_hf": True, "last_save_model_only": True}
+    run = config(folder / "shared", model={"shared_expert_dim": 16}, checkpoint=export)
+    try:
+        run.build()
+    except ValueError as error:
+        results["export"] = str(error)
     return results
 
 

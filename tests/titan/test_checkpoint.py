@@ -91,6 +91,10 @@ def test_a_checkpoint_of_another_model_is_one_clear_error(one_rank: dict) -> Non
     assert "w1_EFD as (8, 16, 32), this run has (16, 16, 32)" in one_rank["other model"]["error"]
 
 
+def test_an_export_without_a_place_is_refused_before_training(one_rank: dict) -> None:
+    assert "shared experts (model.shared_expert_dim)" in one_rank["export"]
+
+
 def test_exported_experts_are_the_trained_ones(two_ranks: list, shared_folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = shared_folder / "checkpoint_scenarios.two_ranks/exported/checkpoint/step-2"
