@@ -11,7 +11,7 @@ from tests.titan.block_runs import results, succeeded
 FLOAT32 = 1e-5
 """Relative; both sides compute in float32 and differ in the order of sums."""
 BFLOAT16 = 1e-3
-"""Relative; on a CPU stock's gate multiplies in bf16 (it has no float32 autocast), ours does not."""
+"""Relative; on a CPU stock has no float32 autocast and its gate multiplies in bf16."""
 
 
 @pytest.fixture(scope="module")
