@@ -302,18 +302,19 @@ def _buffers(shape: LayerShape) -> dict[str, int]:
     }
 
 
-# What is live beside the saved tensors while each kernel runs. dH overwrites H.
+# What is live beside the saved tensors while each kernel runs, as `hopper_experts` orders them. dH
+# overwrites H; autograd holds dO throughout.
 FORWARD_STAGES: dict[str, tuple[str, ...]] = {
     "up": ("A",),
     "down": ("A", "Y"),
     "aggregate O": ("Y", "O"),
 }
 BACKWARD_STAGES: dict[str, tuple[str, ...]] = {
-    "dH": ("dO", "A'", "dS"),
-    "dW2": ("dO", "A'", "dS", "dW2"),
-    "dW1 dW3": ("dS", "dW2", "dW1 dW3"),
-    "dX~": ("dS", "dW2", "dW1 dW3", "dX~"),
-    "aggregate dX": ("dS", "dW2", "dW1 dW3", "dX~", "dX"),
+    "dH": ("dO", "dS", "A'"),
+    "dW2": ("dO", "dS", "A'", "dW2"),
+    "dX~": ("dO", "dS", "dW2", "dX~"),
+    "aggregate dX": ("dO", "dS", "dW2", "dX~", "dX"),
+    "dW1 dW3": ("dO", "dS", "dW2", "dX", "dW1 dW3"),
 }
 
 
