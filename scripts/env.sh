@@ -59,3 +59,7 @@ sonicmoe_environment() {
 }
 
 sonicmoe_environment || exit 1
+
+# CPU threads that wait for each other sleep: spinning ones made a step 20 times slower on two cores
+# that had other work as well.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
