@@ -1,0 +1,159 @@
+"""`sonicmoe check`: what would stop a run is said in one line before it starts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sonicmoe_titan import check, cli
+from sonicmoe_titan.check import check_run, data_ranks, microbatch_tokens
+from sonicmoe_titan.config_registry import CONFIGS
+from sonicmoe_titan.toml_config import load_config
+
+DEBUG = str(CONFIGS / "debug.toml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            "--parallelism.expert_parallel_degree 3",
+            "parallelism.expert_parallel_degree = 3 does not divide model.num_experts = 16",
+        ),
+        ("--parallelism.expert_parallel_degree 4 --nproc 2", "expected a divisor of 2"),
+        ("--parallelism.tensor_parallel_degree 8", "does not divide model.num_heads = 4"),
+        ("--parallelism.tensor_parallel_degree 2 --nproc 3", "a multiple of 2 processes"),
+        ("--parallelism.data_parallel_shard_degree 4 --nproc 2", "= 4 processes, there are 2"),
+        ("--parallelism.data_parallel_shard_degree 0", "expected a number above 0, or -1"),
+        ("--parallelism.context_parallel_degree 0", "expected a number above 0"),
+        ("--training.seq_len 129 --parallelism.tensor_parallel_degree 2", "a multiple of 2"),
+        ("--training.seq_len 130 --parallelism.context_parallel_degree 2", "a multiple of 4"),
+        ("--training.steps -1", "training.steps = -1: expected a number above 0"),
+        ("--training.global_batch_size 12 --nproc 1", "expected -1 or a multiple of 8"),
+        ("--training.global_batch_size 8 --nproc 2", "multiple of 16"),
+        ("--model.rounding_tile 2048", "is more than the 1024 tokens of a microbatch"),
+        (
+            "--model.rounding_tile 512 --parallelism.context_parallel_degree 4",
+            "is more than the 256 tokens of a microbatch",
+        ),
+        ("--parallelism.pipeline_parallel_degree 2", "model.tie_embeddings = true does not work"),
+        (
+            "--parallelism.pipeline_parallel_degree 8 --model.no-tie_embeddings",
+            "is more than model.num_layers = 4",
+        ),
+        (
+            "--parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings "
+            "--training.no-disable_cuda_graphs",
+            "CUDA graphs do not support pipeline parallelism",
+        ),
+        (
+            "--parallelism.expert_parallel_degree 2 --training.no-disable_cuda_graphs",
+            "--training.disable_cuda_graphs",
+        ),
+        ("--hf_assets_path /no/such/place", 'hf_assets_path = "/no/such/place": no such path'),
+        ("--checkpoint.initial_load_path /no/such", "checkpoint.initial_load_path"),
+        (f"--dump_folder {DEBUG}/outputs", "debug.toml is no folder to write to"),
+        ("--model.expert_dim 20", "model.expert_dim = 20: expected a multiple of 8"),
+        ("--model.num_heads 3", "model.num_heads = 3 does not divide model.dim = 128"),
+        ("--model.num_kv_heads 3", "model.num_kv_heads = 3 does not divide model.num_heads"),
+        ("--model.num_expert_groups 4", "set both or neither"),
+        ("--model.num_expert_groups 16 --model.num_limited_groups 4", "2 experts or more"),
+        ("--model.num_expert_groups 8 --model.num_limited_groups 1", "enough of them"),
+        ("--model.score_func sigmoid --model.softmax_order after", "has no meaning with"),
+        ("--model.attention flex --nproc 1", "needs a GPU, there is none"),
+        ("--model.backend hopper --nproc 1", 'model.backend = "hopper": '),
+    ],
+)
+def test_impossible_run_is_refused_in_one_line(
+    arguments: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["check", DEBUG, *arguments.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert says in captured.err
+    assert re.fullmatch(r"error: (command line|.*\.toml): .+\n", captured.err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "--nproc 1",
+        "--nproc 2 --parallelism.expert_parallel_degree 2",
+        "--nproc 4 --parallelism.expert_parallel_degree 4 --parallelism.tensor_parallel_degree 2",
+        "--nproc 4 --parallelism.data_parallel_replicate_degree 2",
+        "--nproc 2 --parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings",
+        "--nproc 2 --training.global_batch_size 64",
+        "--model.router topk --model.rounding_tile 4096",
+        "--compile.enable --compile.backend aot_eager --nproc 1",
+    ],
+)
+def test_possible_run_is_described_in_one_line(
+    arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["check", DEBUG, *arguments.split()]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert re.fullmatch(
+        r".*debug\.toml: ok: 2\.\dM parameters .* steps of .* tokens\n", captured.out
+    )
+
+
+def test_inductor_without_a_compiler_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(check.shutil, "which", lambda name: None)
+    assert cli.run(["check", DEBUG, "--compile.enable", "--nproc", "1"]) == 2
+    assert "needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_hopper_backend_on_another_gpu_is_one_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA B200")
+    assert cli.run(["check", DEBUG, "--nproc", "1", "--model.backend", "auto"]) == 0
+    capsys.readouterr()
+    assert cli.run(["check", DEBUG, "--nproc", "1", "--model.backend", "hopper"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: command line: model.backend")
+
+
+def test_print_config_prints_a_file_that_checks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["check", DEBUG, "--print-config", "--training.steps", "3"]) == 0
+    path = tmp_path / "resolved.toml"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(path).training.steps == 3
+    assert cli.run(["check", str(path)]) == 0
+
+
+def test_tokens_of_a_microbatch_follow_the_parallelism() -> None:
+    def tokens(*overrides: str) -> int:
+        return microbatch_tokens(load_config(DEBUG, overrides))
+
+    assert tokens() == 8 * 128
+    assert tokens("--parallelism.context_parallel_degree=2") == 4 * 128
+    assert tokens("--parallelism.tensor_parallel_degree=2") == 8 * 128
+    ep = "--parallelism.expert_parallel_degree=2"
+    assert tokens("--parallelism.tensor_parallel_degree=2", ep) == 4 * 128
+    pp = ["--parallelism.pipeline_parallel_degree=2", "--model.no-tie_embeddings"]
+    assert tokens(*pp) == 128
+
+
+def test_data_ranks_are_what_the_other_degrees_leave() -> None:
+    config = load_config(DEBUG, ["--parallelism.tensor_parallel_degree=2"])
+    assert data_ranks(config, 8) == 4
+    assert data_ranks(config, None) is None
+    check_run(config, num_processes=8)
+
+
+def test_unknown_subcommand_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["chek"]) == 2
+    assert "did you mean check?" in capsys.readouterr().err
+    assert cli.run(["--help"]) == 0
+    assert "sonicmoe COMMAND" in capsys.readouterr().out
