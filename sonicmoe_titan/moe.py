@@ -150,13 +150,7 @@ class SonicRoutedExperts(RoutedExperts):
         """Let TorchTitan's dispatcher move, weigh and combine; it hands over expert-major rows."""
         scores_TK, ids_TK = scores_BLK.flatten(0, 1), ids_BLK.flatten(0, 1)
         x_RD, count_e, metadata = self.token_dispatcher.dispatch(x_TD, scores_TK, ids_TK, count_E)
-        R = x_RD.shape[0]
-        plan = RoutingPlan.from_rows(
-            torch.arange(R, device=x_RD.device),
-            torch.ones(R, device=x_RD.device),
-            F.pad(count_e.cumsum(0), (1, 0)),
-            num_tokens=R,
-        )
+        plan = _plan_of_rows(count_e, x_RD.shape[0])
         return self.token_dispatcher.combine(experts(x_RD, plan), metadata, x_TD)
 
     def parallelize(self, parallel_dims: Any) -> None:
@@ -166,6 +160,21 @@ class SonicRoutedExperts(RoutedExperts):
         super().parallelize(parallel_dims)
         ep_mesh = parallel_dims.get_optional_mesh("ep")
         self.ep_group = None if ep_mesh is None else ep_mesh.get_group()
+
+
+def _plan_of_rows(count_e: Tensor, num_rows: int) -> RoutingPlan:
+    """Every row is a token of its own, of score 1; the first count_0 go to expert 0 and so on."""
+    offsets = F.pad(count_e.cumsum(0, dtype=torch.int32), (1, 0))
+    row_R1 = torch.arange(num_rows + 1, device=count_e.device, dtype=torch.int32)
+    return RoutingPlan(
+        token_idx_R=row_R1[:-1],
+        score_R=torch.ones(num_rows, device=count_e.device),
+        expert_offsets=offsets,
+        token_offsets=torch.minimum(row_R1, offsets[-1]),  # rows that nobody filled own nothing
+        token_rows_R=row_R1[:-1],
+        rows_per_token=None,
+        num_tokens=num_rows,
+    )
 
 
 def _with_scores_input(config: ShardingConfig) -> ShardingConfig:
