@@ -69,6 +69,7 @@ class _AttachLoss(torch.autograd.Function):
         return anchor.view_as(anchor)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, danchor: Tensor) -> tuple[Tensor, Tensor, None]:
         (scale,) = ctx.saved_tensors
         return danchor, scale.to(ctx.loss_dtype), None
@@ -84,4 +85,4 @@ def set_loss_scale(model_parts: Sequence[nn.Module], scale: float) -> None:
     for part in model_parts:
         for module in part.modules():
             if hasattr(module, "set_loss_scale"):
-                module.set_loss_scale(scale)
+                module.set_loss_scale(scale)  # pyrefly: ignore[not-callable]

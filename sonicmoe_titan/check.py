@@ -64,6 +64,7 @@ def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None
     _check_tile(config)
     _check_paths(config)
     if config.checkpoint.last_save_in_hf or config.checkpoint.initial_load_in_hf:
+        # pyrefly: ignore[missing-attribute]
         SonicStateDictAdapter(config.model_spec.model, None).architecture()
     if num_processes is not None:
         _check_machine(config)

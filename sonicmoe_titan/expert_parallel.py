@@ -180,6 +180,7 @@ class _GatherTokens(torch.autograd.Function):
         return x_TD.index_select(0, token_U)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, dx_UD: Tensor) -> tuple[Tensor, None, None]:
         (token_U,) = ctx.saved_tensors
         return _sum_blocks(dx_UD, token_U, ctx.splits, ctx.num_tokens), None, None
@@ -196,6 +197,7 @@ class _SumOverRanks(torch.autograd.Function):
         return _sum_blocks(y_UD, token_U, splits, num_tokens)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, dout_TD: Tensor) -> tuple[Tensor, None, None, None]:
         (token_U,) = ctx.saved_tensors
         return dout_TD.index_select(0, token_U), None, None, None

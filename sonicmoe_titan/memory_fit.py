@@ -171,7 +171,7 @@ def rank_items(config: SonicTrainer.Config, layout: Layout, *, load: Load) -> di
     in_flight = layout.pipeline  # microbatches that the first stage of 1F1B holds
     rows = shape.num_tokens
     chunked = isinstance(config.loss, ChunkedLossWrapper.Config)
-    chunks = config.loss.num_chunks if chunked else 1
+    chunks = config.loss.num_chunks if chunked else 1  # pyrefly: ignore[missing-attribute]
     loss = LOSS_BYTES_PER_LOGIT * (rows // chunks) * args.vocab_size // layout.tensor
     hidden = rows * args.dim * (2 * shape.value_bytes + (FP32 if chunked else 0))
     transient = max(

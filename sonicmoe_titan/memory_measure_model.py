@@ -6,6 +6,7 @@ Legend: T tokens, B batch, L sequence, D model width.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from sonicmoe_kernels.moe import moe_experts
@@ -89,7 +90,7 @@ def measure_layer(
     return rows
 
 
-def _build_block(shape: LayerShape, device: torch.device) -> nn.Module:
+def _build_block(shape: LayerShape, device: torch.device) -> Any:
     config = decoder_config(shape.args, seq_len=shape.num_tokens)
     block = config.layers[0].build().to(device=device, dtype=DTYPES[shape.value_bytes])
     block.attention.rope.float()  # FSDP casts parameters and no buffers
@@ -114,7 +115,7 @@ def _saved_bytes(module: nn.Module, *inputs: object) -> int:
     return size
 
 
-def _experts_bytes(moe: nn.Module, x_BLD: Tensor) -> int:
+def _experts_bytes(moe: Any, x_BLD: Tensor) -> int:
     """The op alone, with the plan that the block's router makes."""
     x_TD = x_BLD.detach().flatten(0, 1).requires_grad_()
     routed = moe.routed_experts

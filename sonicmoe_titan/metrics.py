@@ -68,7 +68,7 @@ class SonicMetrics(MetricsProcessor):
                         f"metrics.{key} = {getattr(self, key)}: expected {least} or more"
                     )
 
-    config: Config
+    config: Config  # pyrefly: ignore[bad-override-mutable-attribute]
     activation_bytes: int | None = None
     """Set by the trainer: what the memory model predicts that this rank's layers keep."""
 

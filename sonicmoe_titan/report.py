@@ -313,6 +313,6 @@ def _draw_load(run: Run, path: Path) -> Path | None:
             ylabel=f"MoE layer (of {layers})",
         )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
+            axis.get_major_locator().set_params(integer=True)  # pyrefly: ignore[unexpected-keyword]
         drawn.colorbar(image, ax=axes, label="rows / mean of the layer")
     return path

@@ -94,7 +94,7 @@ def first_pass() -> bool:
 def collect(model_parts: Sequence[nn.Module]) -> list[tuple[int, RouterStats]]:
     """(layer id, stats) of every MoE layer of this process's pipeline stages, in layer order."""
     found = [
-        (int(layer_id), block.moe.stats)
+        (int(layer_id), block.moe.stats)  # pyrefly: ignore[missing-attribute]
         for part in model_parts
         for layer_id, block in _blocks(part)
         if isinstance(getattr(getattr(block, "moe", None), "stats", None), RouterStats)
