@@ -41,6 +41,7 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
+    streams_h: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,29 +156,28 @@ def why_illegal(gemm: RowGemm) -> str | None:
     return None
 
 
-# Measured cost of a column relative to the widest tile's; narrow tiles re-read A more often.
+# Cost of a column of cooperative tiles relative to the widest: narrow tiles re-read A more often.
 COLUMN_COST = {256: 1.0, 192: 1.05, 128: 1.3, 64: 2.0}
+# The same for ping-pong tiles of kernels that gather nothing. H100, 2026-11-22, medians, ms: dX~
+# at D 1536, F 256: 128x192 ping-pong 0.48, 128x256 cooperative 0.59; down at D 4096, F 1024: 1.62,
+# 1.80.
+PINGPONG_COLUMN_COST = {192: 0.9, 128: 1.1}
 # Candidates of every kernel on sm_90a; the cheapest legal one is taken, the first one of equals.
+PLAIN_TILES = (
+    RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+    RowTile(256, 4, epi_n=64, epi_sets=2),
+    RowTile(256, 4, epi_n=32, epi_sets=2),
+    RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
+    RowTile(64, 4, epi_n=64, epi_sets=1),
+)
 ROW_TILES: dict[str, tuple[RowTile, ...]] = {
     "up": (
         RowTile(256, 4),
-        RowTile(256, 3),
         RowTile(128, 4),
+        RowTile(64, 4),
     ),
-    "down": (
-        RowTile(256, 4, epi_n=64, epi_sets=2),
-        RowTile(256, 4, epi_n=32, epi_sets=2),
-        RowTile(192, 4, epi_n=64, epi_sets=1),
-        RowTile(128, 4, epi_n=64, epi_sets=2),
-        RowTile(64, 4, epi_n=64, epi_sets=1),
-    ),
-    "d_input": (
-        RowTile(256, 4, epi_n=64, epi_sets=2),
-        RowTile(256, 4, epi_n=32, epi_sets=2),
-        RowTile(192, 4, epi_n=64, epi_sets=1),
-        RowTile(128, 4, epi_n=64, epi_sets=2),
-        RowTile(64, 4, epi_n=64, epi_sets=1),
-    ),
+    "down": PLAIN_TILES,
+    "d_input": PLAIN_TILES,
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
         RowTile(192, 3, load_sets=2),
@@ -185,6 +185,12 @@ ROW_TILES: dict[str, tuple[RowTile, ...]] = {
         RowTile(64, 4, load_sets=2),
     ),
 }
+
+
+def column_cost(tile: RowTile) -> float:
+    """Relative time of one column of a tile."""
+    costs = PINGPONG_COLUMN_COST if tile.schedule == "pingpong" else COLUMN_COST
+    return costs[tile.tile_n]
 
 
 def pick_rows(
@@ -207,9 +213,7 @@ def pick_rows(
     legal = [gemm for gemm in candidates if why_illegal(gemm) is None]
     if not legal:
         raise ValueError(f"{kernel}: {why_illegal(candidates[0])}")
-    return min(
-        legal, key=lambda gemm: gemm.n_tiles * gemm.tile.tile_n * COLUMN_COST[gemm.tile.tile_n]
-    )
+    return min(legal, key=lambda g: g.n_tiles * g.tile.tile_n * column_cost(g.tile))
 
 
 WeightKernel = Literal["d_weight2", "d_weight13"]
@@ -219,7 +223,9 @@ WeightKernel = Literal["d_weight2", "d_weight13"]
 class WeightTile:
     """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
 
-    stages: k tiles of 64 rows in flight. cluster: CTAs, neighbours along D, that share the columns.
+    stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
+    Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
+    1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
 
     tile_n: int
@@ -262,11 +268,13 @@ class WeightGemm:
         """Bytes of shared memory, counted as the kernel lays them out."""
         stage = (TILE_M + self.tile.tile_n) * TILE_K * ELEMENT_BYTES
         buffers = WEIGHT_STORE_BUFFERS * WARPGROUP_ROWS * WEIGHT_SLAB * ELEMENT_BYTES
-        return 1024 + self.tile.stages * stage + buffers
+        tables, aligned = 8 * 2 * self.tile.stages + 2 * WEIGHT_SORTED_EXPERTS, 1024
+        return -(-tables // aligned) * aligned + self.tile.stages * stage + buffers
 
 
 WEIGHT_SLAB = 64  # columns of one store: a 128-byte swizzle row
 WEIGHT_STORE_BUFFERS = 4  # two for each consumer warpgroup
+WEIGHT_SORTED_EXPERTS = 512  # with more, experts are taken in their own order
 
 
 def why_illegal_weights(gemm: WeightGemm) -> str | None:
@@ -323,8 +331,8 @@ def pick_weights(
 class Aggregation:
     """Everything an aggregation kernel is compiled for. Never T or R.
 
-    rows_per_token: K when every token owns exactly K rows, else None. weighted: rows are multiplied
-    by their score. residual: a (T, D) tensor is added to the sums.
+    rows_per_token: K when every token owns exactly K rows, else None. weighted: rows are
+    multiplied by their score. residual: a (T, D) tensor is added to the sums.
     """
 
     builder: ClassVar[str] = "sonicmoe_kernels.cute.build_aggregate:build"

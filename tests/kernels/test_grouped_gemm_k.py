@@ -25,7 +25,7 @@ import cutlass.utils.hopper_helpers as sm90  # noqa: E402
 from cutlass import Constexpr, Int32  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
 from cutlass.tensor_utils import LayoutEnum  # noqa: E402
-from sonicmoe_kernels.cute import gather_k  # noqa: E402
+from sonicmoe_kernels.cute import gather_k, schedule_k  # noqa: E402
 
 PAPER_SHAPES = [(1536, 256), (768, 256), (4096, 1024), (4096, 256)]
 HGMMA_PER_STAGE = 4  # a k tile of 64 is four wgmma deep
@@ -195,6 +195,52 @@ def test_every_row_is_used_once_and_none_past_an_experts_end(counts):
     assert (count[:total] == 1).all()
     assert (count[total:] == 0).all()
     assert bad.item() == 0
+
+
+@cute.jit
+def all_slots(mRows: cute.Tensor, mSlots: cute.Tensor):
+    for expert in range(mRows.shape[0]):
+        mSlots[expert] = schedule_k.slot_of(Int32(expert), mRows, mRows.shape[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=12, max_size=12))
+def test_experts_are_ordered_by_rows_then_by_number(counts):
+    slots = torch.full((12,), -1, dtype=torch.int32)
+    all_slots(from_dlpack(torch.tensor(counts, dtype=torch.int32)), from_dlpack(slots))
+    order = sorted(range(12), key=lambda expert: (-counts[expert], expert))
+    assert [order.index(expert) for expert in range(12)] == slots.tolist()
+
+
+@cute.jit
+def walk_units(mCount: cute.Tensor, mFirst: cute.Tensor, units: Int32, clusters: Int32):
+    """Counts how often each (slot, m, n) is taken, each cluster stopping as the kernel does."""
+    for cluster in range(clusters):
+        wave = Int32(0)
+        unit = schedule_k.unit_of(wave, Int32(cluster), clusters)
+        while unit < units:
+            slot, m, n = schedule_k.place_of(unit, M_UNITS, N_TILES)
+            mCount[slot, m, n] += 1
+            if wave == 1:
+                mFirst[cluster] = unit
+            wave += 1
+            unit = schedule_k.unit_of(wave, Int32(cluster), clusters)
+
+
+M_UNITS, N_TILES = 3, 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 66))
+def test_every_tile_is_computed_exactly_once(experts, clusters):
+    count = torch.zeros(40, M_UNITS, N_TILES, dtype=torch.int32)
+    second = torch.full((66,), -1, dtype=torch.int32)
+    units = experts * M_UNITS * N_TILES
+    walk_units(from_dlpack(count), from_dlpack(second), units, clusters)
+    assert (count[:experts] == 1).all()
+    assert (count[experts:] == 0).all()
+    backwards = [2 * clusters - 1 - c for c in range(clusters)]
+    assert second[:clusters].tolist() == [u if u < units else -1 for u in backwards]
 
 
 # ------------------------------------------------------------------------------------- misuse

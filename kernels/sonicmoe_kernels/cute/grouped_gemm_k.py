@@ -12,6 +12,8 @@ Legend
     unit: what one cluster computes at once, `cluster` tiles that are neighbours along D
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
@@ -27,6 +29,7 @@ from sonicmoe_kernels.cute.gather_k import (
     load_row_index,
     row_of_lane,
 )
+from sonicmoe_kernels.cute.schedule_k import place_of, slot_of, unit_of
 from sonicmoe_kernels.cute.tma_ragged import BIG, ragged_view
 from sonicmoe_kernels.tiles import (
     THREADS,
@@ -34,6 +37,7 @@ from sonicmoe_kernels.tiles import (
     TILE_M,
     WARPGROUP_ROWS,
     WEIGHT_SLAB,
+    WEIGHT_SORTED_EXPERTS,
     WEIGHT_STORE_BUFFERS,
     WeightGemm,
 )
@@ -46,6 +50,34 @@ STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
 PRODUCER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
+
+
+class Walk(NamedTuple):
+    """What decides the units of this CTA's cluster, the same for all its warps."""
+
+    mOffsets: cute.Tensor
+    sOrder: cute.Tensor
+    num_experts: Int32
+    units: Int32
+    rank: Int32  # of the CTA in its cluster
+
+
+class Work(NamedTuple):
+    """One tile of this CTA: where it lies and the rows it sums over."""
+
+    unit: Int32
+    expert: Int32
+    m: Int32
+    n: Int32
+    first: Int32
+    rows: Int32
+
+
+class Store(NamedTuple):
+    """A TMA store of 64 x 64 sums and the coordinates it takes."""
+
+    atom: cute.CopyAtom
+    mOut: cute.Tensor
 
 
 class GroupedGemmK:
@@ -68,8 +100,7 @@ class GroupedGemmK:
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
         self.cluster = gemm.tile.cluster
-        self.n_tiles = gemm.n_tiles
-        self.units_per_expert = gemm.m_units * gemm.n_tiles
+        self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
     def __call__(
@@ -122,31 +153,27 @@ class GroupedGemmK:
             (self.tile_n, TILE_K),
             num_multicast=self.cluster,
         )
-        store, tma_out = self.make_store(mOut, layout_out)
-        store2, tma_out2 = store, tma_out
+        stores = (self.make_store(mOut, layout_out),)
         if const_expr(self.outputs == 2):
-            store2, tma_out2 = self.make_store(mOut2, layout_out)
+            stores = (*stores, self.make_store(mOut2, layout_out))
 
         @cute.struct
         class Storage:
             barriers: cute.struct.MemRange[Int64, 2 * self.stages]
+            order: cute.struct.MemRange[Int16, WEIGHT_SORTED_EXPERTS]
             sG: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_g)], 1024]
             sS: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_s)], 1024]
             sOut: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout_out)], 1024]
 
         self.Storage = Storage
-        num_experts = mOut.shape[0]
         self.kernel(
             mG_TD,
             mIndex_R,
             mExpertOffsets,
             load_s,
             tma_s,
-            store,
-            tma_out,
-            store2,
-            tma_out2,
-            num_experts,
+            stores,
+            mOut.shape[0],
             mma,
             mma_slab,
             layout_g,
@@ -160,8 +187,7 @@ class GroupedGemmK:
             stream=stream,
         )
 
-    @cute.jit
-    def make_store(self, mOut: cute.Tensor, layout_out: cute.ComposedLayout):
+    def make_store(self, mOut: cute.Tensor, layout_out: cute.ComposedLayout) -> Store:
         """TMA store of 64 x 64 pieces of (D, F, E), whichever of D and F is contiguous."""
         stride = (1, self.D) if const_expr(self.transposed) else (self.F, 1)
         view = cute.make_tensor(
@@ -170,12 +196,9 @@ class GroupedGemmK:
                 (self.D, self.F, mOut.shape[0]), stride=(*stride, Int64(self.D * self.F))
             ),
         )
-        return cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(),
-            view,
-            cute.slice_(layout_out, (None, None, 0)),
-            (ROWS, SLAB),
-        )
+        one_buffer = cute.slice_(layout_out, (None, None, 0))
+        operation = cpasync.CopyBulkTensorTileS2GOp()
+        return Store(*cpasync.make_tiled_tma_atom(operation, view, one_buffer, (ROWS, SLAB)))
 
     @cute.kernel
     def kernel(
@@ -185,10 +208,7 @@ class GroupedGemmK:
         mExpertOffsets: cute.Tensor,
         load_s: cute.CopyAtom,
         tma_s: cute.Tensor,
-        store: cute.CopyAtom,
-        tma_out: cute.Tensor,
-        store2: cute.CopyAtom,
-        tma_out2: cute.Tensor,
+        stores: tuple,
         num_experts: Int32,
         mma: cute.TiledMma,
         mma_slab: cute.TiledMma,
@@ -201,9 +221,8 @@ class GroupedGemmK:
         role = cute.arch.make_warp_uniform(thread // WARPGROUP)
         if warp_index == 0:
             cpasync.prefetch_descriptor(load_s)
-            cpasync.prefetch_descriptor(store)
-            if const_expr(self.outputs == 2):
-                cpasync.prefetch_descriptor(store2)
+            for store in stores:
+                cpasync.prefetch_descriptor(store.atom)
         storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
         rank = Int32(0)
         if const_expr(self.cluster > 1):
@@ -223,66 +242,56 @@ class GroupedGemmK:
         cute.arch.mbarrier_init_fence()
         if const_expr(self.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
+        sOrder = storage.order.get_tensor(cute.make_layout(WEIGHT_SORTED_EXPERTS))
+        scratch = cute.recast_ptr(storage.sOut.data_ptr(), dtype=Int32)
+        sRows = cute.make_tensor(scratch, cute.make_layout(WEIGHT_SORTED_EXPERTS))
+        self.sort_experts(mExpertOffsets, num_experts, sRows, sOrder)
+        if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
+        cute.arch.sync_threads()
+        walk = Walk(
+            mExpertOffsets, sOrder, num_experts, num_experts * (self.m_units * self.n_tiles), rank
+        )
         sG = storage.sG.get_tensor(layout_g.outer, swizzle=layout_g.inner)
         sS = storage.sS.get_tensor(layout_s.outer, swizzle=layout_s.inner)
         sOut = storage.sOut.get_tensor(layout_out.outer, swizzle=layout_out.inner)
-        units = num_experts * self.units_per_expert
         if role == 0:
             cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
-            self.produce(
-                ring,
-                mG_TD,
-                mIndex_R,
-                mExpertOffsets,
-                load_s,
-                tma_s,
-                sG,
-                sS,
-                units,
-                rank,
-                warp_index,
-            )
+            self.produce(ring, walk, mG_TD, mIndex_R, load_s, tma_s, sG, sS, warp_index)
         else:
             cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
-            self.consume(
-                ring,
-                mExpertOffsets,
-                mma,
-                mma_slab,
-                store,
-                tma_out,
-                store2,
-                tma_out2,
-                sG,
-                sS,
-                sOut,
-                units,
-                rank,
-                role - 1,
-            )
+            self.consume(ring, walk, mma, mma_slab, stores, sG, sS, sOut, role - 1)
         if const_expr(self.cluster > 1):
             # A CTA's barriers must outlive the last release that its neighbour sends it.
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
 
     @cute.jit
-    def first_unit(self):
-        return cute.arch.block_idx()[0] // self.cluster
+    def sort_experts(
+        self, mOffsets: cute.Tensor, num_experts: Int32, sRows: cute.Tensor, sOrder: cute.Tensor
+    ):
+        """Writes sOrder, the experts by rows, longest first. The caller synchronises the block."""
+        thread = cute.arch.thread_idx()[0]
+        if num_experts <= WEIGHT_SORTED_EXPERTS:
+            for expert in cutlass.range(thread, num_experts, THREADS):
+                sRows[expert] = mOffsets[expert + 1] - mOffsets[expert]
+            cute.arch.sync_threads()
+            for expert in cutlass.range(thread, num_experts, THREADS):
+                sOrder[slot_of(expert, sRows, num_experts)] = Int16(expert)
 
     @cute.jit
-    def unit_step(self):
-        return cute.arch.grid_dim()[0] // self.cluster
-
-    @cute.jit
-    def decode(self, unit: Int32, rank: Int32):
-        """(expert, m tile, n tile) of a unit: units of an expert are consecutive, n innermost."""
-        expert = unit // self.units_per_expert
-        local = unit - expert * self.units_per_expert
-        m_unit = local // self.n_tiles
-        return expert, m_unit * self.cluster + rank, local - m_unit * self.n_tiles
+    def work_of(self, walk: Walk, wave: Int32) -> Work:
+        """This CTA's tile in `wave`; past the last unit its expert and rows are anybody's."""
+        cluster = cute.arch.block_idx()[0] // self.cluster
+        clusters = cute.arch.grid_dim()[0] // self.cluster
+        unit = unit_of(wave, cluster, clusters)
+        slot, m, n = place_of(cutlass.min(unit, walk.units - 1), self.m_units, self.n_tiles)
+        expert = slot
+        if walk.num_experts <= WEIGHT_SORTED_EXPERTS:
+            expert = Int32(walk.sOrder[slot])
+        first = walk.mOffsets[expert]
+        rows = walk.mOffsets[expert + 1] - first
+        return Work(unit, expert, m * self.cluster + walk.rank, n, first, rows)
 
     @cute.jit
     def k_tiles(self, rows: Int32) -> Int32:
@@ -292,43 +301,46 @@ class GroupedGemmK:
     def produce(
         self,
         ring: pipeline.PipelineTmaAsync,
+        walk: Walk,
         mG_TD: cute.Tensor,
         mIndex_R: cute.Tensor,
-        mExpertOffsets: cute.Tensor,
         load_s: cute.CopyAtom,
         tma_s: cute.Tensor,
         sG: cute.Tensor,
         sS: cute.Tensor,
-        units: Int32,
-        rank: Int32,
         warp_index: Int32,
     ):
+        """Fills the stages of all k tiles of all units; indices and offsets are loaded ahead."""
         thread = cute.arch.thread_idx()[0]
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         kept_row = row_of_lane(cute.arch.lane_idx(), warp_index, TILE_M)
         stage_pointer = cute.recast_ptr(sG.iterator, dtype=self.dtype)  # without swizzle
         everyone = Int16((1 << self.cluster) - 1)
-        unit = self.first_unit()
-        while unit < units:
-            expert, m, n = self.decode(unit, rank)
-            first = mExpertOffsets[expert]
-            rows = mExpertOffsets[expert + 1] - first
+        wave = Int32(0)
+        work = self.work_of(walk, wave)
+        index = load_row_index(mIndex_R, work.first, kept_row, work.rows)
+        while work.unit < walk.units:
+            wave += 1
+            next_work = self.work_of(walk, wave)
+            end = work.first + work.rows
             gS = cute.local_tile(
-                cute.domain_offset((0, BIG - rows), tma_s[None, None, BIG, first + rows]),
+                cute.domain_offset((0, BIG - work.rows), tma_s[None, None, BIG, end]),
                 (self.tile_n, TILE_K),
-                (n, None),
+                (work.n, None),
             )
             tSsS, tSgS = cpasync.tma_partition(
                 load_s,
-                rank,
+                walk.rank,
                 cute.make_layout(self.cluster),
                 cute.group_modes(sS, 0, 2),
                 cute.group_modes(gS, 0, 2),
             )
-            index = load_row_index(mIndex_R, first, kept_row, rows)
-            for k in cutlass.range(self.k_tiles(rows), unroll=1):
-                next_row = (k + 1) * TILE_K + kept_row
-                next_index = load_row_index(mIndex_R, first, next_row, rows)
+            k_tiles = self.k_tiles(work.rows)
+            for k in cutlass.range(k_tiles, unroll=1):
+                first, row, rows = work.first, (k + 1) * TILE_K + kept_row, work.rows
+                if k + 1 == k_tiles:
+                    first, row, rows = next_work.first, kept_row, next_work.rows
+                next_index = load_row_index(mIndex_R, first, row, rows)
                 ring.sync_object_empty.wait(state.index, state.phase)
                 barrier = ring.producer_get_barrier(state)
                 if warp_index == 0:
@@ -346,30 +358,26 @@ class GroupedGemmK:
                             load_s, tSgS[None, k], tSsS[None, state.index], tma_bar_ptr=barrier
                         )
                 sTile = stage_pointer + state.index * (TILE_M * TILE_K)
-                gather_tile_k(mG_TD, index, m * TILE_M, sTile, thread, TILE_M, self.D)
+                gather_tile_k(mG_TD, index, work.m * TILE_M, sTile, thread, TILE_M, self.D)
                 cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
                 index = next_index
                 state.advance()
-            unit += self.unit_step()
+            work = next_work
 
     @cute.jit
     def consume(
         self,
         ring: pipeline.PipelineTmaAsync,
-        mExpertOffsets: cute.Tensor,
+        walk: Walk,
         mma: cute.TiledMma,
         mma_slab: cute.TiledMma,
-        store: cute.CopyAtom,
-        tma_out: cute.Tensor,
-        store2: cute.CopyAtom,
-        tma_out2: cute.Tensor,
+        stores: tuple,
         sG: cute.Tensor,
         sS: cute.Tensor,
         sOut: cute.Tensor,
-        units: Int32,
-        rank: Int32,
         consumer: Int32,
     ):
+        """Sums 64 x tile_n of every unit and stores it in slabs of 64 columns."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
         thread_mma = mma.get_slice(consumer * WARPGROUP)
         tCrG = mma.make_fragment_A(thread_mma.partition_A(sG))
@@ -382,20 +390,23 @@ class GroupedGemmK:
         tRsOut = thread_copy.partition_D(sOut)
         rSlab = cute.make_rmem_tensor(mma_slab.partition_shape_C((ROWS, SLAB)), self.dtype)
         tRrSlab = thread_copy.retile(rSlab)
-        sum_per_slab = cute.size(rSlab)
-        warp_in_group = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        sums_per_slab = cute.size(rSlab)
+        slabs = self.tile_n // SLAB
+        is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
+        barrier_id = BARRIER_STORE + consumer
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = state.clone()
-        unit = self.first_unit()
-        while unit < units:
-            expert, m, n = self.decode(unit, rank)
-            k_tiles = self.k_tiles(mExpertOffsets[expert + 1] - mExpertOffsets[expert])
+        wave = Int32(0)
+        work = self.work_of(walk, wave)
+        while work.unit < walk.units:
+            wave += 1
+            next_work = self.work_of(walk, wave)
             ring.consumer_wait(state)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.multiply(mma, rSum, tCrG, tCrS, state.index, True)
             state.advance()
-            for _ in cutlass.range(1, k_tiles, unroll=1):
+            for _ in cutlass.range(1, self.k_tiles(work.rows), unroll=1):
                 ring.consumer_wait(state)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 self.multiply(mma, rSum, tCrG, tCrS, state.index, False)
@@ -406,59 +417,54 @@ class GroupedGemmK:
             warpgroup.wait_group(0)
             ring.consumer_release(release)
             release.advance()
-            slabs = self.tile_n // SLAB
             for c in cutlass.range_constexpr(slabs):
-                for i in cutlass.range_constexpr(sum_per_slab):
-                    rSlab[i] = rSum[c * sum_per_slab + i].to(self.dtype)
+                for i in cutlass.range_constexpr(sums_per_slab):
+                    rSlab[i] = rSum[c * sums_per_slab + i].to(self.dtype)
                 # An odd number of slabs uses buffer 0 twice in a row, last and first.
                 pending = 0 if const_expr(c == 0 and slabs % 2 == 1) else STORE_BUFFERS - 1
                 buffer = consumer * STORE_BUFFERS + c % STORE_BUFFERS
-                if warp_in_group == 0:
+                if is_issuer:
                     cute.arch.cp_async_bulk_wait_group(pending, read=True)
-                cute.arch.barrier(barrier_id=BARRIER_STORE + consumer, number_of_threads=WARPGROUP)
+                cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
                 cute.copy(copy_slab, tRrSlab, tRsOut[None, None, None, buffer])
                 cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.barrier(barrier_id=BARRIER_STORE + consumer, number_of_threads=WARPGROUP)
-                if warp_in_group == 0:
-                    row = m * CONSUMERS + consumer
-                    slab = n * slabs + c
-                    if row * ROWS < self.D and slab * SLAB < self.N:
-                        half_slabs = self.F // SLAB
-                        if const_expr(self.outputs == 1):
-                            self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
-                        else:
-                            if slab < half_slabs:
-                                self.store_slab(store, tma_out, sOut, buffer, row, slab, expert)
-                            else:
-                                slab -= half_slabs
-                                self.store_slab(store2, tma_out2, sOut, buffer, row, slab, expert)
+                cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
+                if is_issuer:
+                    self.store_slab(stores, sOut, buffer, work, consumer, work.n * slabs + c)
                     # Also without a store: the wait above counts groups.
                     cute.arch.cp_async_bulk_commit_group()
-            unit += self.unit_step()
-        if warp_in_group == 0:
+            work = next_work
+        if is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
     @cute.jit
     def store_slab(
         self,
-        store: cute.CopyAtom,
-        tma_out: cute.Tensor,
+        stores: tuple,
         sOut: cute.Tensor,
         buffer: Int32,
-        row: Int32,
+        work: Work,
+        consumer: Int32,
         slab: Int32,
-        expert: Int32,
     ):
-        """Starts the store of 64 x 64 sums."""
-        gOut = cute.local_tile(tma_out, (ROWS, SLAB, 1), (row, slab, expert))
-        tOsOut, tOgOut = cpasync.tma_partition(
-            store,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sOut, 0, 2),
-            cute.group_modes(gOut, 0, 3),
-        )
-        cute.copy(store, tOsOut[None, buffer], tOgOut)
+        """Starts the store of 64 x 64 sums unless they lie beyond D or N."""
+        row = work.m * CONSUMERS + consumer
+        slabs_of_half = self.F // SLAB
+        for half in cutlass.range_constexpr(self.outputs):
+            first = half * slabs_of_half
+            if row * ROWS < self.D and slab >= first and slab < first + slabs_of_half:
+                store = stores[half]
+                gOut = cute.local_tile(
+                    store.mOut, (ROWS, SLAB, 1), (row, slab - first, work.expert)
+                )
+                tOsOut, tOgOut = cpasync.tma_partition(
+                    store.atom,
+                    0,
+                    cute.make_layout(1),
+                    cute.group_modes(sOut, 0, 2),
+                    cute.group_modes(gOut, 0, 3),
+                )
+                cute.copy(store.atom, tOsOut[None, buffer], tOgOut)
 
     @cute.jit
     def multiply(
