@@ -119,11 +119,11 @@ def _experts_bytes(moe: Any, x_BLD: Tensor) -> int:
     """The op alone, with the plan that the block's router makes."""
     x_TD = x_BLD.detach().flatten(0, 1).requires_grad_()
     routed = moe.routed_experts
-    weights = routed.inner_experts.local_weights(x_TD.dtype)
+    w1_EFD, w3_EFD, w2_EDF = routed.inner_experts.local_weights(x_TD.dtype)
     scores_BLK, ids_BLK, scores_BLE = moe.router(x_BLD, moe.expert_bias_E)
     plan: RoutingPlan = routed._plan(*(t.flatten(0, 1) for t in (ids_BLK, scores_BLK, scores_BLE)))
-    with SavedTensors(weights) as saved:
-        out_TD = moe_experts(x_TD, *weights, plan, backend=routed.config.backend)
+    with SavedTensors([w1_EFD, w3_EFD, w2_EDF]) as saved:
+        out_TD = moe_experts(x_TD, w1_EFD, w3_EFD, w2_EDF, plan, backend=routed.config.backend)
     size = saved.bytes()
     del out_TD
     return size
