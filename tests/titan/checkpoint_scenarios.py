@@ -185,11 +185,18 @@ def one_rank(folder: Path) -> dict[str, Any]:
     results.update(_passed_over(folder))
     export = {"last_save_in_hf": True, "last_save_model_only": True}
     run = config(folder / "shared", model={"shared_expert_dim": 16}, checkpoint=export)
+    results["export"] = refusal(run)
+    results["vocabulary"] = refusal(config(folder / "vocabulary", model={"vocab_size": 256}))
+    return results
+
+
+def refusal(run: Trainer.Config) -> str:
+    """Why a run cannot be built."""
     try:
         run.build()
     except ValueError as error:
-        results["export"] = str(error)
-    return results
+        return str(error)
+    return "it was built"
 
 
 def _stock(folder: Path, dataset: Path) -> dict[str, Any]:
