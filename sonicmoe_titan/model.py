@@ -28,9 +28,10 @@ from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.protocols.module import Module
 
+from sonicmoe_titan.conversion import to_sonic
 from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
 from sonicmoe_titan.model_args import ModelArgs
-from sonicmoe_titan.moe import SonicMoE, to_sonic
+from sonicmoe_titan.moe import SonicMoE
 from sonicmoe_titan.parallelize import parallelize_decoder
 
 _ATTENTION: dict[str, type[Module]] = {

@@ -6,7 +6,7 @@ per token, T = B * L tokens.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,27 +15,22 @@ from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan, token_rounding_plan
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchtitan.config import derive
-from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import (
     GroupedExperts,
     MoE,
     RoutedExperts,
-    TokenChoiceTopKRouter,
 )
 from torchtitan.models.common.token_dispatcher import (
-    AllToAllTokenDispatcher,
     DeepEPTokenDispatcher,
     HybridEPTokenDispatcher,
-    LocalTokenDispatcher,
     MinimalAsyncEPTokenDispatcher,
 )
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
 from sonicmoe_titan.expert_parallel import Experts, expert_parallel
 from sonicmoe_titan.model_args import Backend, Rounding, Router
-from sonicmoe_titan.router import Float32Gate, SonicRouter
-from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats, first_pass
+from sonicmoe_titan.router import SonicRouter
+from sonicmoe_titan.stats import RouterStats, first_pass
 
 FIXED_TOP_K_DISPATCHERS = (
     DeepEPTokenDispatcher,
@@ -228,108 +223,3 @@ class SonicMoE(MoE):
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)
         self.stats.allocate(buffer_device or self.tokens_per_expert_E.device)
-
-
-def to_sonic(
-    moe_cfg: MoE.Config,
-    *,
-    router: Router = "topk",
-    rounding: Rounding = "nearest",
-    rounding_tile: int = KERNEL_TILE_ROWS,
-    softmax_order: Literal["before", "after"] = "before",
-    aux_loss_coeff: float = 0.0,
-    z_loss_coeff: float = 0.0,
-    backend: Backend = "auto",
-    redispatch_x: bool = False,
-) -> SonicMoE.Config:
-    """The SonicMoE block that computes what a stock MoE block does, with the same parameters.
-
-    Args:
-        moe_cfg: a stock `MoE.Config`, with or without sharding configs; not changed.
-        router: "topk" (token choice) or "token_rounding" (in training).
-        rounding, rounding_tile: how token rounding rounds, and to which multiple of rows.
-        softmax_order: softmax over all experts "before" the top-k or over the winners "after".
-        aux_loss_coeff, z_loss_coeff: load-balancing loss and router z-loss; 0 is off.
-        backend: "auto", "hopper" or "torch".
-        redispatch_x: under expert parallelism send x again in backward instead of saving it.
-
-    Raises:
-        ValueError: an option that is not accepted; a part of the block is a class whose behaviour
-            this block does not reproduce; a dispatcher that cannot carry token rounding.
-    """
-    _check_options(router=router, rounding=rounding, softmax_order=softmax_order, backend=backend)
-    if rounding_tile < 1:
-        raise ValueError(f"rounding_tile is {rounding_tile}; it must be at least 1")
-    _refuse_foreign(moe_cfg)
-    _check_dispatcher(moe_cfg.routed_experts.token_dispatcher, router)
-    experts = moe_cfg.routed_experts
-    return derive(
-        moe_cfg,
-        SonicMoE.Config,
-        router=derive(
-            moe_cfg.router,
-            SonicRouter.Config,
-            gate=derive(moe_cfg.router.gate, Float32Gate.Config),
-            softmax_order=softmax_order,
-            aux_loss_coeff=aux_loss_coeff,
-            z_loss_coeff=z_loss_coeff,
-        ),
-        routed_experts=derive(
-            experts,
-            SonicRoutedExperts.Config,
-            inner_experts=derive(experts.inner_experts, SonicGroupedExperts.Config),
-            router=router,
-            rounding=rounding,
-            rounding_tile=rounding_tile,
-            backend=backend,
-            redispatch_x=redispatch_x,
-        ),
-    )
-
-
-def _check_options(**given: str) -> None:
-    for name, value in given.items():
-        if value not in _ACCEPTED[name]:
-            accepted = ", ".join(_ACCEPTED[name])
-            raise ValueError(f"{name} is {value!r}; accepted: {accepted}")
-
-
-_ACCEPTED: dict[str, tuple[str, ...]] = {
-    "router": get_args(Router),
-    "rounding": get_args(Rounding),
-    "softmax_order": ("before", "after"),
-    "backend": get_args(Backend),
-}
-
-
-def _check_dispatcher(dispatcher: LocalTokenDispatcher.Config, router: Router) -> None:
-    name = type(dispatcher).__qualname__
-    if isinstance(dispatcher, tuple(cls.Config for cls in FIXED_TOP_K_DISPATCHERS)):
-        if router == "token_rounding":
-            raise ValueError(
-                f"{name} carries exactly top_k experts per token, but token rounding gives a token "
-                "more or fewer: use the standard (all-to-all) dispatcher or router = 'topk'"
-            )
-    elif type(dispatcher) not in (LocalTokenDispatcher.Config, AllToAllTokenDispatcher.Config):
-        raise ValueError(
-            f"the token dispatcher {name} pads or quantises what it sends; SonicMoE replaces the "
-            "local and the all-to-all one and runs behind DeepEP, HybridEP and MinimalAsyncEP"
-        )
-
-
-def _refuse_foreign(moe_cfg: MoE.Config) -> None:
-    experts = moe_cfg.routed_experts
-    expected = {
-        "moe": (moe_cfg, MoE.Config),
-        "moe.router": (moe_cfg.router, TokenChoiceTopKRouter.Config),
-        "moe.router.gate": (moe_cfg.router.gate, Linear.Config),
-        "moe.routed_experts": (experts, RoutedExperts.Config),
-        "moe.routed_experts.inner_experts": (experts.inner_experts, GroupedExperts.Config),
-    }
-    for name, (given, accepted) in expected.items():
-        if type(given) is not accepted:
-            raise ValueError(
-                f"{name} is a {type(given).__qualname__}; SonicMoE replaces exactly "
-                f"{accepted.__qualname__} (no quantised or biased variants): "
-                "leave out the converter or keep the stock block for this model"
-            )

@@ -15,7 +15,8 @@ from torchtitan.config import derive, override
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.models.common.moe import MoE
 
-from sonicmoe_titan.moe import SonicMoE, to_sonic
+from sonicmoe_titan.conversion import to_sonic
+from sonicmoe_titan.moe import SonicMoE
 from sonicmoe_titan.selective_ac import SonicSelectiveAC
 
 

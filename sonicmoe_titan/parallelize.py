@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torchtitan.config import derive
+from torchtitan.config import CompileConfig, derive
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import (
     ActivationCheckpointing,
@@ -13,6 +13,7 @@ from torchtitan.distributed.activation_checkpoint import (
 )
 from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 
+from sonicmoe_titan.moe import SonicRoutedExperts
 from sonicmoe_titan.router import SonicRouter
 from sonicmoe_titan.selective_ac import SonicSelectiveAC
 
@@ -22,9 +23,15 @@ def parallelize_decoder(
     *,
     parallel_dims: ParallelDims,
     ac_config: ActivationCheckpointing.Config | None,
+    compile_config: CompileConfig,
     **kwargs: Any,
 ) -> nn.Module:
-    """Apply TorchTitan's parallelisms to `model`; the arguments are `parallelize_qwen3`'s."""
+    """Apply TorchTitan's parallelisms to `model`; the arguments are `parallelize_qwen3`'s.
+
+    Raises:
+        ValueError: `redispatch_x` together with compilation or activation checkpointing.
+    """
+    _check_redispatch(model, ac_config, compile_config)
     if type(ac_config) is SelectiveAC.Config:
         ac_config = derive(ac_config, SonicSelectiveAC.Config)
     for module in model.modules():
@@ -34,6 +41,7 @@ def parallelize_decoder(
         model,  # pyrefly: ignore [bad-argument-type]
         parallel_dims=parallel_dims,
         ac_config=ac_config,  # pyrefly: ignore [bad-argument-type]
+        compile_config=compile_config,
         **kwargs,
     )
     if dist.get_backend() == "gloo":
@@ -42,3 +50,23 @@ def parallelize_decoder(
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def _check_redispatch(
+    model: nn.Module,
+    ac_config: ActivationCheckpointing.Config | None,
+    compile_config: CompileConfig,
+) -> None:
+    experts = [m for m in model.modules() if isinstance(m, SonicRoutedExperts)]
+    if not any(module.config.redispatch_x for module in experts):
+        return
+    if ac_config is not None:
+        raise ValueError(
+            "model.redispatch_x = true with activation checkpointing: full checkpointing sends x "
+            "again by itself and selective keeps what it received; turn one of them off"
+        )
+    if compile_config.enable and "model" in compile_config.components:
+        raise ValueError(
+            "model.redispatch_x = true with compile.enable: a compiled block decides by itself "
+            "what it keeps; turn one of them off"
+        )

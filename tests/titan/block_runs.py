@@ -15,6 +15,7 @@ from tests.titan.distributed import ARGS, Run, launch
 # Every layout gets four sequences a step, in whatever shares.
 ARGS_ROUNDING_TILE = ARGS.rounding_tile
 WHOLE = {"local_batch_size": 4}
+SINGLE = {"local_batch_size": 1}  # TorchTitan's pipeline microbatch
 HALF = {"local_batch_size": 2}
 ROUNDING = {"router": "token_rounding"}
 AUX = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.01}
@@ -57,6 +58,7 @@ ONE: Runs = {
     "plain, evaluated": _run(steps=1, inspect=probes.evaluation),
     "aux": _run(model=AUX, inspect=probes.layer_stats),
     "aux, full": _run(model=AUX, trainer=FULL),
+    "aux, accumulated": _run(model=AUX | UNTIED, training=SINGLE | {"global_batch_size": 4}),
 }
 TWO: Runs = {
     "fsdp": _run(whole=False),
@@ -84,6 +86,11 @@ TWO: Runs = {
         whole=False, model=AUX, parallelism={"spmd_backend": "partial_dtensor"}
     ),
     "pp": _run(parallelism=PP2, model=UNTIED),
+    "pp, aux": _run(parallelism=PP2, model=AUX | UNTIED),
+    "redispatch_x, selective": _run(
+        parallelism=EP2, model={"redispatch_x": True}, trainer=SELECTIVE
+    ),
+    "redispatch_x, compiled": _run(parallelism=EP2, model={"redispatch_x": True}, compiled=True),
     **aux_loss_ranks.FUNCTIONS,
     **expert_parallel_ranks.FUNCTIONS,
 }
@@ -100,6 +107,12 @@ def results(ranks: int, factory: pytest.TempPathFactory) -> dict[str, list[Any]]
     base = factory.getbasetemp()
     session: Path = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     return launch(_LAUNCHES[ranks], ranks=ranks, folder=session / f"block{ranks}")
+
+
+def failed(result: Any) -> str:
+    """The traceback of a run that must not succeed."""
+    assert isinstance(result, str), "the run succeeded"
+    return result
 
 
 def succeeded(result: Any) -> Any:

@@ -11,7 +11,8 @@ from torchtitan.models.common.config_utils import (
 )
 from torchtitan.models.common.moe import GroupedExperts, MoE
 
-from sonicmoe_titan.moe import SonicMoE, to_sonic
+from sonicmoe_titan.conversion import to_sonic
+from sonicmoe_titan.moe import SonicMoE
 
 B, L, D, F, E, K = 2, 24, 32, 16, 8, 3
 

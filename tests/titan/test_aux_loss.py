@@ -75,6 +75,13 @@ def test_tensor_and_expert_parallel_train_as_one_process_with_auxiliary_losses(o
     )
 
 
+def test_pipeline_microbatches_weigh_what_accumulated_ones_weigh(one, two):
+    (reference,) = one["aux, accumulated"]
+    assert succeeded(two["pp, aux"][0]).losses == pytest.approx(
+        succeeded(reference).losses, rel=1e-5
+    )
+
+
 def test_recomputation_injects_once(one):
     (plain,), (full,) = one["aux"], one["aux, full"]
     assert succeeded(full).losses == pytest.approx(succeeded(plain).losses, rel=1e-6)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from sonicmoe_kernels.routing import RoutingPlan
 
 from sonicmoe_titan.expert_parallel import expert_parallel
-from tests.titan.block_runs import results, succeeded
+from tests.titan.block_runs import failed, results, succeeded
 from tests.titan.expert_parallel_ranks import TILE
 
 A_LAYER = 8
@@ -50,6 +50,12 @@ def test_redispatch_keeps_no_received_token(two):
     for kept in two["saved_bytes"]:
         assert succeeded(kept)["once"] > 0
         assert kept["again"] == 0
+
+
+@pytest.mark.parametrize("name", ["redispatch_x, selective", "redispatch_x, compiled"])
+def test_redispatch_with_another_way_to_save_memory_is_refused(two, name):
+    for result in two[name]:
+        assert "ValueError: model.redispatch_x = true with" in failed(result)
 
 
 @pytest.mark.parametrize(

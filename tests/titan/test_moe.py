@@ -16,7 +16,7 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.models.gpt_oss import gptoss_configs
 
 from sonicmoe_titan import moe
-from sonicmoe_titan.moe import to_sonic
+from sonicmoe_titan.conversion import to_sonic
 from tests.titan.moe_blocks import (
     STYLES,
     E,
