@@ -73,7 +73,7 @@ class SonicRoutedExperts(RoutedExperts):
         self.config = config
         self.ep_group: dist.ProcessGroup | None = None
 
-    def forward(
+    def forward(  # pyrefly: ignore [bad-override]
         self,
         x_BLD: Tensor,
         topk_scores_BLK: Tensor,

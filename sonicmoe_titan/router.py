@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from sonicmoe_kernels.routing import RENORMALIZE_EPS, TopK, route_topk
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,29 +16,11 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from sonicmoe_titan.aux_loss import attach_loss, load_balancing_loss, z_loss
+from sonicmoe_titan.float32_product import float32_product
 from sonicmoe_titan.stats import RouterStats, first_pass
 
 ENTROPY_SAMPLE = 1024
 """Tokens per forward pass, about, from which the entropy is estimated."""
-
-
-class _Float32Product(torch.autograd.Function):
-    """x W^T in float32 that keeps x and W as they come: a float32 copy of a bf16 x would weigh
-    twice what the experts keep of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x.float(), weight.float())
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor, Tensor]:  # pyrefly: ignore[bad-override]
-        x, weight = ctx.saved_tensors
-        # summed over the batch afterwards: folding a batch into rows is no DTensor operation
-        dweight = torch.matmul(dlogits.transpose(-1, -2), x.float())
-        if dweight.ndim > 2:
-            dweight = dweight.sum(0)
-        return torch.matmul(dlogits, weight.float()).to(x.dtype), dweight.to(weight.dtype)
 
 
 class Float32Gate(Linear):
@@ -50,7 +31,7 @@ class Float32Gate(Linear):
         pass
 
     def forward(self, input: Tensor) -> Tensor:
-        logits = _Float32Product.apply(input, self.weight)
+        logits = float32_product(input, self.weight)
         return logits if self.bias is None else logits + self.bias.float()
 
 
