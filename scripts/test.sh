@@ -12,8 +12,10 @@ cd "$REPOSITORY"
 # two workers of one thread each: more threads than cores make small matrices slower, not faster
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-"$PYTHON" -m ruff check --quiet .
-"$PYTHON" -m ruff format --check --quiet .
+code=0
+"$PYTHON" -m ruff check --quiet . || code=1
+"$PYTHON" -m ruff format --check --quiet . || code=1
 "$PYTHON" -m pyrefly check --summary=none --output-format=min-text \
-  --python-interpreter-path "$(command -v "$PYTHON")"
-exec "$PYTHON" -m pytest --color=no -n 2 "$@"
+  --python-interpreter-path "$(command -v "$PYTHON")" || code=1
+"$PYTHON" -m pytest --color=no -n 2 "$@" || code=$?
+exit $code
