@@ -38,7 +38,8 @@ class Command:
         """Read `argv`; ConfigError with `usage` when it names no configuration file."""
         rest = list(argv)
         if "--help" in rest or "-h" in rest:
-            raise SystemExit(usage)
+            print(usage)
+            raise SystemExit(0)
         positional = rest.pop(0) if rest and not rest[0].startswith("-") else None
         config_file = _pop_option(rest, "--job.config_file", usage) or positional or default
         if config_file is None:
