@@ -14,6 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torchtitan.config import derive
+from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 from sonicmoe_titan import plots
 from sonicmoe_titan.config_tree import ConfigError
@@ -31,16 +33,10 @@ from sonicmoe_titan.memory_fit import (
     rank_items,
     shape_of,
 )
-from sonicmoe_titan.memory_model import (
-    BACKWARD_STAGES,
-    FORWARD_STAGES,
-    LayerShape,
-    Term,
-    layer_terms,
-    peak,
-    total,
-)
+from sonicmoe_titan.memory_model import LayerShape, Term, layer_terms, total
+from sonicmoe_titan.memory_peaks import BACKWARD_STAGES, FORWARD_STAGES, peak
 from sonicmoe_titan.memory_peers import Peer, peers
+from sonicmoe_titan.selective_ac import SonicSelectiveAC
 from sonicmoe_titan.toml_config import load_config
 from sonicmoe_titan.trainer import SonicTrainer
 
@@ -90,6 +86,8 @@ def main(argv: list[str]) -> int:
 
     console = Console()
     console.print(_layer_table(config, layout, expected, bound))
+    if config.compile.enable:
+        console.print("These are eager PyTorch's; torch.compile keeps less between fused parts.\n")
     console.print(_peak_table(expected))
     if compared:
         console.print(_comparison_table(compared, _measured_shape(expected, given.tokens)))
@@ -173,6 +171,8 @@ def _measure(
     from sonicmoe_titan.memory_measure_model import measure_layer
 
     policy = config.activation_checkpoint
+    if type(policy) is SelectiveAC.Config:  # as `parallelize_decoder` does
+        policy = derive(policy, SonicSelectiveAC.Config)
     built = None if policy is None else policy.build(dump_folder=config.dump_folder)
     rows = measure_layer(
         _measured_shape(shape, tokens), policy=built, checkpointing=checkpointing_of(config)

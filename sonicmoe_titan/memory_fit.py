@@ -6,24 +6,31 @@ value heads, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.tools.logging import logger
 
+from sonicmoe_titan.memory_measure import on_first_forward
 from sonicmoe_titan.memory_model import (
     FP32,
     Checkpointing,
     LayerShape,
     Load,
-    backward_peak,
-    forward_peak,
     layer_terms,
+    moe_terms,
     total,
 )
+from sonicmoe_titan.memory_peaks import backward_peak, forward_peak
 from sonicmoe_titan.memory_peers import peers
 from sonicmoe_titan.model_args import ModelArgs
-from sonicmoe_titan.trainer import SonicTrainer
+
+if TYPE_CHECKING:
+    from sonicmoe_titan.trainer import SonicTrainer
 
 MIB, GIB = 2**20, 2**30
 GPUS = {  # GiB that torch.cuda reports as total_memory
@@ -219,6 +226,28 @@ def describe_activations(config: SonicTrainer.Config, *, num_gpus: int) -> str:
         f"checkpointing {checkpointing_of(config)}); the experts of one layer "
         f"{ours.bytes / MIB:.1f} MiB, where stock TorchTitan would keep {stock.bytes / MIB:.1f} MiB"
     )
+
+
+def measure_first_block(
+    config: SonicTrainer.Config, model_parts: Sequence[nn.Module], *, num_gpus: int
+) -> None:
+    """Have the first MoE block's first forward pass log what it keeps beside the prediction.
+
+    A checkpointed or compiled block keeps something else, so there nothing is measured.
+    """
+    if config.activation_checkpoint is not None or config.compile.enable:
+        return
+    blocks = [block for part in model_parts for block in part.layers.values()]
+    predicted = total(moe_terms(_shape_here(config, layout_of(config, num_gpus=num_gpus))))
+
+    def tell(measured: int) -> None:
+        off = measured / predicted - 1
+        logger.info(
+            f"The first MoE block keeps {measured:,} bytes for its backward, predicted "
+            f"{predicted:,} ({off:+.3%})"
+        )
+
+    on_first_forward(blocks[0].moe, tell)
 
 
 def _shape_here(config: SonicTrainer.Config, layout: Layout) -> LayerShape:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+KINETO_QUIET = "6"  # the profiler's library reports its own start and end to stderr below this
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,30 @@ def _storage_key(tensor: Tensor) -> int:
     return _local(tensor).untyped_storage().data_ptr()
 
 
+def on_first_forward(module: nn.Module, tell: Callable[[int], None]) -> None:
+    """Call `tell` with the bytes that the module's first forward pass in training keeps.
+
+    The hooks remove themselves, so that no later pass and no captured CUDA graph meets them. Not
+    for modules that are compiled or checkpointed.
+    """
+    watching: list[SavedTensors] = []
+
+    def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if module.training and torch.is_grad_enabled() and not watching:
+            # read here: FSDP has put the gathered parameters in place by now
+            watching.append(SavedTensors([*module.parameters(), *module.buffers()]))
+            watching[0].__enter__()
+
+    def end(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if watching:
+            watching[0].__exit__(None, None, None)
+            for handle in handles:
+                handle.remove()
+            tell(watching[0].bytes())
+
+    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+
+
 @dataclass(frozen=True)
 class Allocated:
     """Bytes allocated by a call: still live at its end, and at the worst moment within it."""
@@ -96,8 +124,17 @@ def allocated_bytes(call: Callable[[], Any], *, device: torch.device) -> tuple[A
     """Run `call` and follow the allocator; the result must be kept for `live` to count it.
 
     On CUDA the caching allocator is asked (it rounds every tensor up to 512 bytes), on a CPU the
-    profiler records each allocation.
+    profiler records each allocation. Garbage from before must not be freed in between.
     """
+    gc.collect()
+    gc.disable()
+    try:
+        return _allocated_by(call, device)
+    finally:
+        gc.enable()
+
+
+def _allocated_by(call: Callable[[], Any], device: torch.device) -> tuple[Any, Allocated]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -106,6 +143,7 @@ def allocated_bytes(call: Callable[[], Any], *, device: torch.device) -> tuple[A
         torch.cuda.synchronize(device)
         live = torch.cuda.memory_allocated(device) - before
         return result, Allocated(live, torch.cuda.max_memory_allocated(device) - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", KINETO_QUIET)
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         result = call()

@@ -11,6 +11,11 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from sonicmoe_titan.aux_loss import set_loss_scale
+from sonicmoe_titan.memory_fit import (
+    describe_activations,
+    measure_first_block,
+    predicted_activation_bytes,
+)
 from sonicmoe_titan.metrics import SonicMetrics
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
@@ -62,10 +67,9 @@ class SonicTrainer(Trainer):
         return ranks * self.gradient_accumulation_steps * self.num_pipeline_parallel_microbatches
 
     def _account_activations(self) -> None:
-        from sonicmoe_titan.memory_fit import describe_activations, predicted_activation_bytes
-
         num_ranks = dist.get_world_size()
         logger.info(describe_activations(self.config, num_gpus=num_ranks))
+        measure_first_block(self.config, self.model_parts, num_gpus=num_ranks)
         if isinstance(self.metrics_processor, SonicMetrics):
             self.metrics_processor.activation_bytes = predicted_activation_bytes(
                 self.config, num_gpus=num_ranks

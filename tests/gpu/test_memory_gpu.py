@@ -13,14 +13,8 @@ from sonicmoe_kernels.routing import RoutingPlan, route_topk, token_rounding_pla
 from torch import Tensor
 
 from sonicmoe_titan.memory_measure import SavedTensors, allocated_bytes
-from sonicmoe_titan.memory_model import (
-    BACKWARD_STAGES,
-    FORWARD_STAGES,
-    LayerShape,
-    experts_terms,
-    peak,
-    total,
-)
+from sonicmoe_titan.memory_model import LayerShape, experts_terms, total
+from sonicmoe_titan.memory_peaks import BACKWARD_STAGES, FORWARD_STAGES, peak
 from sonicmoe_titan.model_args import ModelArgs
 
 SIZES = (

@@ -19,17 +19,16 @@ from sonicmoe_titan.memory_fit import (
     rank_items,
     shape_of,
 )
-from sonicmoe_titan.memory_measure import SavedTensors, allocated_bytes
+from sonicmoe_titan.memory_measure import SavedTensors, allocated_bytes, on_first_forward
 from sonicmoe_titan.memory_measure_model import measure_layer, measured_shape
 from sonicmoe_titan.memory_model import (
-    BACKWARD_STAGES,
     LayerShape,
     experts_terms,
     layer_terms,
     moe_terms,
-    peak,
     total,
 )
+from sonicmoe_titan.memory_peaks import BACKWARD_STAGES, peak
 from sonicmoe_titan.memory_peers import peers
 from sonicmoe_titan.model import decoder_config
 from sonicmoe_titan.model_args import ModelArgs
@@ -170,6 +169,21 @@ def test_what_the_graph_let_go_is_not_counted() -> None:
     assert saved.bytes() == 64 * 4  # exp keeps its result; sin's input is the same storage
     del y, _
     assert saved.bytes() == 0
+
+
+def test_first_forward_in_training_is_measured_once() -> None:
+    module, told = nn.Linear(8, 4), []
+    on_first_forward(module, told.append)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        module(x)
+    module.eval()(x)
+    assert told == []
+    module.train()
+    for _ in range(2):
+        module(x).sum().backward()
+    assert told == [3 * 8 * 4]  # x, and no weight
+    assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 def test_allocator_sees_live_bytes_and_the_peak() -> None:
