@@ -250,8 +250,7 @@ def train(run: Run) -> Result:
         parallelism=ParallelismConfig(**run.parallelism),
         checkpoint=CheckpointManager.Config(enable=False),
         compile=CompileConfig(enable=run.compiled, backend="aot_eager"),
-        debug=DebugConfig(seed=1),
-        **{"activation_checkpoint": None, **run.trainer},
+        **{"activation_checkpoint": None, "debug": DebugConfig(seed=1), **run.trainer},
     )
     experts_forward = GroupedExperts.forward
     if run.float32:
