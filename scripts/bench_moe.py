@@ -38,8 +38,8 @@ NAME = "moe_layer_h100"
 STEP_FLOPS = 18  # times T K D F, forward and backward
 # GPU kernel names of ours to the eight kernels' names, first match wins.
 OUR_KERNELS = {
-    "up": r"\bUp\b|_up_Up",
-    "down": r"Down",
+    "up": r"upUp_object",
+    "down": r"downDown_object",
     "d_hidden": r"DHidden",
     "d_input": r"DInput",
     "d_weight2": r"DWeight2",

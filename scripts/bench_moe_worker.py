@@ -8,6 +8,7 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -45,8 +46,10 @@ class Run(NamedTuple):
 def _ours(case: Case, inputs: Inputs, backend: str) -> Run:
     from sonicmoe_kernels.moe import moe_experts
 
-    x, w1, w3, w2, score = _leaves(*inputs[:4], inputs.pairs.score_P.cuda())
-    plan = make_plan(case, inputs.pairs, score_P=score, device="cuda")
+    x, w1, w3, w2 = _leaves(*inputs[:4])
+    routed = make_plan(case, inputs.pairs, device="cuda")
+    (score,) = _leaves(routed.score_R)  # a leaf: the plan's own graph lives for one backward only
+    plan = dataclasses.replace(routed, score_R=score)
 
     def forward() -> Tensor:
         return moe_experts(x, w1, w3, w2, plan, backend=backend)

@@ -1,8 +1,9 @@
 """Checks and times the kernels one by one on a GPU, every risky step in a process of its own.
 
-    python scripts/gpu_check.py build  [--cases small,7b,...]   compile what the others need (no GPU)
-    python scripts/gpu_check.py check  [--cases ...]            against fp32 references
-    python scripts/gpu_check.py time   [--cases 7b,...]         medians and floors, in rounds
+    python scripts/gpu_check.py build  [--cases small,7b,...]   compile what the others need (no
+    GPU) python scripts/gpu_check.py check  [--cases ...]            against fp32 references python
+    scripts/gpu_check.py time   [--cases 7b,...]         medians and floors, in rounds python
+    scripts/gpu_check.py variants [--cases 7b,...]       configurations side by side
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, R routed rows.
 """
@@ -10,22 +11,28 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token,
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import os
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
+from sonicmoe_kernels import hopper, warmup  # noqa: E402
+from sonicmoe_kernels.tiles import RowGemm, RowTile, why_illegal  # noqa: E402
 
 from tests.cases import ACTIVATION_CASES, BENCHMARK_CASES, SMALL_CASES, Case  # noqa: E402
 
 TIMEOUT_S = 60
+CONCURRENT = 5  # subprocesses on one GPU
 TENSOR_FLOPS, MEMORY_BYTES = 660e12, 3.0e12  # sustained on an H100: what floors are computed from
 KERNELS = ("up", "down", "d_hidden", "d_input")
 EXTRA_CASES = (
@@ -33,6 +40,25 @@ EXTRA_CASES = (
     Case(2000, 768, 256, 24, 3, "tile_edges"),
     Case(700, 128, 320, 40, 4, "zipf"),
 )
+
+VARIANTS = {
+    "up": (RowTile(256, 4), RowTile(256, 3, epi_sets=2)),
+    "down": (
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+        RowTile(192, 5, "pingpong", epi_n=64),
+        RowTile(256, 4, epi_n=64, epi_sets=2),
+    ),
+    "d_hidden": (
+        RowTile(256, 3, load_sets=2),
+        RowTile(128, 4, load_sets=4),
+        RowTile(128, 5, "pingpong", load_sets=2),
+    ),
+    "d_input": (
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+        RowTile(256, 4, epi_n=64, epi_sets=2),
+        RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
+    ),
+}
 
 
 def cases_named(names: str) -> list[tuple[str, Case]]:
@@ -46,70 +72,136 @@ def cases_named(names: str) -> list[tuple[str, Case]]:
 
 
 def specs_of(case: Case, dtype: str) -> list:
-    from sonicmoe_kernels.tiles import pick_rows
-
-    facts = {"d": case.D, "f": case.F, "num_experts": case.E}
-    return [
-        pick_rows(kernel, **facts, dtype=dtype, activation=case.activation) for kernel in KERNELS
-    ]
-
-
-def build(spec: object) -> str:
-    from sonicmoe_kernels import compile as kernel_cache
-
-    started = time.perf_counter()
-    path = kernel_cache.build(spec)
-    return f"{path.name} {time.perf_counter() - started:.1f} s"
+    return warmup.specs(
+        d=case.D,
+        f=case.F,
+        num_experts=case.E,
+        top_k=case.K,
+        dtype=dtype,
+        activation=case.activation,
+    )
 
 
 def run_build(arguments: argparse.Namespace) -> int:
-    """Compiles the chosen cases' kernels in two processes."""
-    import multiprocessing
-
-    specs = {
-        spec: None
-        for _, case in cases_named(arguments.cases)
-        for spec in specs_of(case, arguments.dtype)
-    }
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        for line in pool.imap_unordered(build, list(specs)):
-            print(line, flush=True)
+    """Compiles the chosen cases' kernels."""
+    chosen = [case for _, case in cases_named(arguments.cases)]
+    specs = [spec for case in chosen for spec in specs_of(case, arguments.dtype)]
+    if arguments.variants:
+        specs += [gemm for case in chosen for _, gemm in variants_of(case, arguments.dtype)]
+    warmup.warm_up(specs, jobs=arguments.jobs)
     return 0
 
 
 def run_one(arguments: argparse.Namespace) -> int:
-    """One kernel on one case, in this process."""
+    """The chosen kernels on one case, in this process."""
     from tests.gpu.row_kernels import CHECKS, make_problem
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    case = Case(**eval(arguments.case))
-    problem = make_problem(case, getattr(torch, arguments.dtype))
+    problem = make_problem(
+        Case(**ast.literal_eval(arguments.case)), getattr(torch, arguments.dtype)
+    )
+    if arguments.tile:
+        use_tile(arguments.kernels, RowTile(**ast.literal_eval(arguments.tile)))
     for kernel in arguments.kernels.split(","):
         CHECKS[kernel](problem)
         print(f"ok {kernel}", flush=True)
     return 0
 
 
+def use_tile(kernel: str, tile: RowTile) -> None:
+    """Makes the host side launch `kernel` with `tile` instead of what the table picks."""
+    picked = hopper.row_gemm
+
+    def row_gemm(name: str, *facts: object) -> RowGemm:
+        gemm = picked(name, *facts)
+        return dataclasses.replace(gemm, tile=tile) if name == kernel else gemm
+
+    hopper.row_gemm = row_gemm
+
+
+class Step(NamedTuple):
+    """One subprocess: which kernels on which case, with which tile if not the table's."""
+
+    label: str
+    case: Case
+    kernels: str
+    tile: RowTile | None = None
+
+
+def run_step(step: Step, dtype: str) -> bool:
+    """Runs `step` in a process of its own: a hang or a crash costs this step only."""
+    command = [sys.executable, __file__, "one", "--case", repr(dataclasses.asdict(step.case))]
+    command += ["--dtype", dtype, "--kernels", step.kernels]
+    if step.tile:
+        command += ["--tile", repr(dataclasses.asdict(step.tile))]
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+        passed, output = done.returncode == 0, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as expired:
+        passed, output = False, (expired.stdout or b"").decode() + "TIMEOUT"
+    lines = [f"{'pass' if passed else 'FAIL'} {step.label} {step.case.name} {step.kernels}"]
+    lines[0] += f" {step.tile or ''} {time.perf_counter() - started:.1f} s"
+    if not passed:
+        lines += [f"    {line}" for line in output.strip().splitlines()[-8:]]
+    print("\n".join(lines), flush=True)
+    return passed
+
+
+def run_steps(steps: list[Step], dtype: str) -> int:
+    """Runs the steps, a few at a time; the number that failed."""
+    with ThreadPoolExecutor(CONCURRENT) as pool:
+        results = list(pool.map(lambda step: run_step(step, dtype), steps))
+    failed = results.count(False)
+    print(f"{failed} of {len(results)} failed", flush=True)
+    return failed
+
+
 def run_check(arguments: argparse.Namespace) -> int:
-    """Every chosen case in a subprocess; a hang or a crash costs its case only."""
-    failed = 0
-    for group, case in cases_named(arguments.cases):
-        command = [sys.executable, __file__, "one", "--case", repr(dataclasses.asdict(case))]
-        command += ["--dtype", arguments.dtype, "--kernels", arguments.kernels]
-        started = time.perf_counter()
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-            passed, output = done.returncode == 0, done.stdout + done.stderr
-        except subprocess.TimeoutExpired as expired:
-            passed = False
-            output = (expired.stdout or b"").decode() + "TIMEOUT"
-        seconds = time.perf_counter() - started
-        print(f"{'pass' if passed else 'FAIL'} {group} {case.name} {seconds:.1f} s", flush=True)
-        if not passed:
-            failed += 1
-            print("    " + "\n    ".join(output.strip().splitlines()[-6:]), flush=True)
-    print(f"{failed} cases failed", flush=True)
-    return int(failed > 0)
+    """Every chosen case against the fp32 reference."""
+    steps = [Step(group, case, arguments.kernels) for group, case in cases_named(arguments.cases)]
+    return int(run_steps(steps, arguments.dtype) > 0)
+
+
+def variants_of(case: Case, dtype: str) -> list[tuple[str, RowGemm]]:
+    """Every configuration worth comparing on a case, by kernel."""
+    facts = (case.D, case.F, case.E, dtype, case.activation)
+    gemms = [(k, RowGemm(k, *facts, tile)) for k in KERNELS for tile in VARIANTS[k]]
+    return [(kernel, gemm) for kernel, gemm in gemms if why_illegal(gemm) is None]
+
+
+def run_variants(arguments: argparse.Namespace) -> int:
+    """Checks every variant on a small T, then times all in rounds."""
+    from tests.gpu.row_kernels import launchers, make_problem
+
+    named = cases_named(arguments.cases)
+    if not arguments.skip_check:
+        name, case = named[0]
+        small = dataclasses.replace(case, T=min(case.T, 2048))
+        steps = [Step(name, small, k, gemm.tile) for k, gemm in variants_of(case, arguments.dtype)]
+        run_steps(steps, arguments.dtype)
+    picked = hopper.row_gemm
+    for name, case in named:
+        problem = make_problem(case, getattr(torch, arguments.dtype))
+        calls = {}
+        for kernel, gemm in variants_of(case, arguments.dtype):
+            hopper.row_gemm = lambda name, *facts, gemm=gemm: (
+                gemm if name == gemm.kernel else picked(name, *facts)
+            )
+            calls[kernel, gemm] = (hopper.row_gemm, launchers(problem)[kernel].call)
+        times: dict = {key: [] for key in calls}
+        for _ in range(arguments.rounds):
+            for key, (pick, call) in calls.items():
+                hopper.row_gemm = pick
+                times[key].append(median_ms(call, arguments.repeats))
+        for (kernel, gemm), measured in times.items():
+            shown = " ".join(f"{ms:.3f}" for ms in measured)
+            floor = floor_ms(kernel, case)
+            print(f"{name} {kernel} {shown} (floor {floor:.3f}) {gemm.tile}", flush=True)
+        hopper.row_gemm = picked
+        del problem, calls
+        torch.cuda.empty_cache()
+    return 0
 
 
 def floor_ms(kernel: str, case: Case) -> float:
@@ -132,7 +224,7 @@ def run_time(arguments: argparse.Namespace) -> int:
 
     for name, case in cases_named(arguments.cases):
         problem = make_problem(case, getattr(torch, arguments.dtype))
-        calls = launchers(problem)
+        calls = {name: launch.call for name, launch in launchers(problem).items()}
         rounds: dict[str, list[float]] = {kernel: [] for kernel in calls}
         for _ in range(arguments.rounds):
             for kernel, call in calls.items():
@@ -163,16 +255,20 @@ def median_ms(call, repeats: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("build", "check", "time", "one"))
+    parser.add_argument("action", choices=("build", "check", "time", "variants", "one"))
     parser.add_argument("--cases", default="small,extra,activations")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kernels", default=",".join(KERNELS))
+    parser.add_argument("--variants", action="store_true", help="build: also what is compared")
+    parser.add_argument("--skip-check", action="store_true", help="variants: time only")
+    parser.add_argument("--tile", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     actions = {"build": run_build, "check": run_check, "time": run_time, "one": run_one}
+    actions["variants"] = run_variants
     return actions[arguments.action](arguments)
 
 

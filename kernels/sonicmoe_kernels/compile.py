@@ -1,17 +1,18 @@
 """Compiles a kernel once, keeps the object on disk, and loads it without the compiler.
 
-A kernel is named by a frozen dataclass (its spec) that holds everything static about it and says in
-`builder` which function compiles it. Its object lies in the cache directory as
+A kernel is named by a frozen dataclass (its spec) that holds everything static about it and says
+in `builder` which function compiles it. Its object lies in the cache directory as
 
     <kernel>-<hash of spec, arch and kernel sources>-dsl<version>.so
 
-beside libcute_dsl_runtime.so, which it needs. All ranks and nodes may share the directory: one lock
-per object, written under another name and renamed when whole. Neither a GPU nor a driver is needed to
-build; neither the compiler nor a linker to load.
+beside libcute_dsl_runtime.so, which it needs. All ranks and nodes may share the directory: one
+lock per object, written under another name and renamed when whole. Neither a GPU nor a driver is
+needed to build; neither the compiler nor a linker to load.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import fcntl
 import functools
@@ -37,7 +38,7 @@ CACHE_VARIABLE = "SONICMOE_CACHE_DIR"
 RUNTIME_LIBRARY = "libcute_dsl_runtime.so"
 DSL_PACKAGE = "nvidia-cutlass-dsl"
 ENTRY = "kernel"  # name of the function in every object
-SOURCES = ("cute/*.py", "tiles.py")  # what a kernel's code depends on
+PACKAGE = "sonicmoe_kernels"
 SCHEMA = 1  # raise it when objects of old are called differently
 
 _compiler = threading.Lock()  # MLIR is not thread-safe
@@ -70,18 +71,38 @@ def prepare_dsl(arch: str = ARCH) -> None:
     os.environ[ARCH_VARIABLE] = arch
 
 
+def _imports(source: str) -> set[str]:
+    """Modules of this package that a module imports, as paths below it without suffix."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
+            below = node.module.removeprefix(PACKAGE).removeprefix(".")
+            found |= {below, *(f"{below}.{alias.name}".strip(".") for alias in node.names)}
+    return {name.replace(".", "/") for name in found}
+
+
 @functools.cache
-def _sources_hash() -> str:
-    package = Path(__file__).parent
+def _sources_hash(builder: str) -> str:
+    """Hash of the builder's module and of every module of this package that it imports, nested."""
+    root = Path(__file__).parent
+    todo = [builder.split(":")[0].removeprefix(f"{PACKAGE}.").replace(".", "/")]
+    sources: dict[str, bytes] = {}
+    while todo:
+        name = todo.pop()
+        path = root / f"{name}.py"
+        if name not in sources and path.is_file():
+            sources[name] = path.read_bytes()
+            todo += _imports(sources[name].decode())
     digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(package.glob(pattern)):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + sources[name])
     return digest.hexdigest()
 
 
 def _stem(spec: KernelSpec, arch: str) -> str:
-    facts = [SCHEMA, arch, type(spec).__name__, dataclasses.asdict(spec), _sources_hash()]  # type: ignore[call-overload]
+    code = _sources_hash(spec.builder)
+    values = dataclasses.asdict(spec)  # type: ignore[call-overload]
+    facts = [SCHEMA, arch, type(spec).__name__, values, code]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"{spec.kernel}-{digest[:24]}"
 
@@ -96,7 +117,8 @@ def _dsl_version() -> str | None:
 def object_path(spec: KernelSpec, *, arch: str = ARCH) -> Path | None:
     """The object of `spec` in the cache directory, or None when nobody has built it.
 
-    Where the compiler is installed its version must match; where it is not, the newest object counts.
+    Where the compiler is installed its version must match; where it is not, the newest object
+    counts.
     """
     version = _dsl_version()
     found = cache_dir().glob(f"{_stem(spec, arch)}-dsl{version or '*'}.so")

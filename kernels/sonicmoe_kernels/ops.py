@@ -14,12 +14,13 @@ plan: 4 (3 R_max + (E + 1) + (T + 1)).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sonicmoe_kernels import reference
+from sonicmoe_kernels import hopper_experts, reference
 from sonicmoe_kernels.backends import resolve_backend
 
 __all__ = ["SAVE_OPS", "experts"]
@@ -32,6 +33,8 @@ _STATIC = "str activation, str backend"
 _WEIGHTS = "Tensor w1, Tensor? w3, Tensor w2"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _NEEDS = "bool needs_dx, bool needs_dw13, bool needs_dw2"
+
+_BACKENDS = {"torch": reference, "hopper": hopper_experts}
 
 _library = torch.library.Library("sonicmoe", "DEF")
 _library.define(
@@ -70,8 +73,8 @@ def _experts(
 ) -> tuple[Tensor, Tensor]:
     del inplace_dh  # for the backward
     plan = reference.PlanTensors(token_idx, score, expert_offsets, token_offsets, token_rows)
-    _resolve(backend, x, w1)
-    out, h = reference.forward(
+    chosen = _BACKENDS[_resolve(backend, x, w1)]
+    out, h = chosen.forward(
         x, w1, w3, w2, plan, activation=activation, rows_per_token=rows_per_token
     )
     return out, h if needs_h else h.new_empty(0)
@@ -104,10 +107,13 @@ def _experts_backward(
     needs_dx: bool,
     needs_dw13: bool,
     needs_dw2: bool,
+    *,
+    overwrite_h: bool = False,
 ) -> tuple[Tensor, ...]:
     plan = reference.PlanTensors(token_idx, score, expert_offsets, token_offsets, token_rows)
-    _resolve(backend, x, w1)
-    gradients = reference.backward(
+    resolved = _resolve(backend, x, w1)
+    in_place = {"overwrite_h": True} if overwrite_h and resolved == "hopper" else {}
+    gradients = _BACKENDS[resolved].backward(
         dout,
         x,
         w1,
@@ -120,6 +126,7 @@ def _experts_backward(
         needs_dx=needs_dx,
         needs_dw13=needs_dw13,
         needs_dw2=needs_dw2,
+        **in_place,
     )
     # An op's outputs are tensors: what nobody asked for is an empty one.
     return tuple(x.new_empty(0) if g is None else g for g in gradients)
@@ -152,12 +159,15 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.rows_per_token, ctx.activation, ctx.backend, _, ctx.inplace_dh = inputs[9:]
     h = output[1]
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # or autograd fills zeros for H: 3% of a step on an H100
     ctx.save_for_backward(
         x, w1, w3, w2, h, token_idx, score, expert_offsets, token_offsets, token_rows
     )
 
 
-def _differentiate(ctx: Any, dout: Tensor, _dh: Tensor | None) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, _dh: Tensor | None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * len(ctx.needs_input_grad)
     x, w1, w3, w2, h, *plan = ctx.saved_tensors
     needs_dx, needs_dw1, needs_dw3, needs_dw2 = ctx.needs_input_grad[:4]
     needs_dscore = ctx.needs_input_grad[5]
@@ -210,7 +220,11 @@ torch.library.register_autograd(
     "sonicmoe::experts", _differentiate, setup_context=_keep_for_backward, lib=_library
 )
 _library.impl("experts_backward", _experts_backward, "CompositeExplicitAutograd")
-_library.impl("experts_backward_", _experts_backward, "CompositeExplicitAutograd")
+_library.impl(
+    "experts_backward_",
+    functools.partial(_experts_backward, overwrite_h=True),
+    "CompositeExplicitAutograd",
+)
 for _name in ("experts_backward", "experts_backward_"):
     torch.library.register_fake(f"sonicmoe::{_name}", _experts_backward_fake, lib=_library)
 torch.library.register_autograd(

@@ -41,7 +41,6 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
-    streams_h: int = 0
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Legend: T tokens, D model width, F expert width, E experts, R routed rows, R_max > R their bound.
 
 A kernel passes when, per expert, calc_diff < 1e-5 (1e-4 with fewer than 8 rows), no error exceeds
-twice the largest rounding of the reference to the kernel's dtype, rows in [R, R_max) are untouched and
-a second run gives the same bits. dS (fp32) has the per-expert bound only.
+twice the largest rounding of the reference to the kernel's dtype, rows in [R, R_max) are untouched
+and a second run gives the same bits. dS (fp32) has the per-expert bound only.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def first_bad(got: Tensor, expected: Tensor) -> str:
         return "no element far off"
     where = tuple(off.nonzero()[0].tolist())
     share = off.float().mean().item()
-    return f"at {where}: {got[where].item():.5g} for {expected[where].item():.5g} ({share:.1%} off)"
+    mine, theirs = got[where].item(), expected[where].item()
+    return f"at {where}: {mine:.5g} for {theirs:.5g} ({share:.1%} off)"
 
 
 def check_up(problem: Problem) -> None:
@@ -231,8 +232,15 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
 }
 
 
-def launchers(problem: Problem) -> dict[str, Callable[[], None]]:
-    """Calls that launch each kernel once on inputs of O(1), for timing."""
+class Launch(NamedTuple):
+    """One kernel on fixed inputs of O(1), and the tensors it writes."""
+
+    call: Callable[[], None]
+    outputs: tuple[Tensor, ...]
+
+
+def launchers(problem: Problem) -> dict[str, Launch]:
+    """Every kernel ready to be launched again and again."""
     case, (x, w1, w3, w2, dout, _) = problem.case, problem.inputs
     halves = get_activation(case.activation).halves
     h = torch.randn((problem.r_max, halves, case.F), device="cuda").to(x.dtype)
@@ -244,10 +252,15 @@ def launchers(problem: Problem) -> dict[str, Callable[[], None]]:
     index, offsets, score = problem.token_idx_R, problem.expert_offsets, problem.score_R
     act = {"activation": case.activation}
     return {
-        "up": lambda: hopper.up(x, index, offsets, w1, w3, h_out, a_out, **act),
-        "down": lambda: hopper.down(a, offsets, w2, y, **act),
-        "d_hidden": lambda: hopper.d_hidden(
-            dout, index, offsets, w2, score, h, h_out, a_out, dscore, **act
+        "up": Launch(
+            lambda: hopper.up(x, index, offsets, w1, w3, h_out, a_out, **act), (h_out, a_out)
         ),
-        "d_input": lambda: hopper.d_input_rows(dh, offsets, w1, w3, y, **act),
+        "down": Launch(lambda: hopper.down(a, offsets, w2, y, **act), (y,)),
+        "d_hidden": Launch(
+            lambda: hopper.d_hidden(
+                dout, index, offsets, w2, score, h, h_out, a_out, dscore, **act
+            ),
+            (h_out, a_out, dscore),
+        ),
+        "d_input": Launch(lambda: hopper.d_input_rows(dh, offsets, w1, w3, y, **act), (y,)),
     }

@@ -91,7 +91,8 @@ def test_a_cuda_graph_replays_the_same_result(case: Case, backend: str) -> None:
         out = moe_experts(*leaves, plan, backend=backend)
         return [out, *torch.autograd.grad(out, leaves, dout)]
 
-    eager = step()
+    # Detached: an eager graph kept alive ties the leaves to its stream, which capture forbids.
+    eager = [tensor.detach() for tensor in step()]
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -28,7 +28,7 @@ def walk(
     n_tiles: Constexpr,
     cluster: Constexpr,
 ):
-    """Writes (expert, m, n, shared) of every (unit, rank); mStart becomes the prefix over experts."""
+    """Writes (expert, m, n, shared) of every (unit, rank) and the prefix over experts."""
     total = Int32(0)
     for e in range(NUM_EXPERTS):
         mStart[e] = total
@@ -63,8 +63,8 @@ def expected_tiles(counts, tile_m, n_tiles, cluster):
 
 @pytest.fixture(scope="module")
 def compiled_walks():
-    dynamic = lambda shape: from_dlpack(torch.zeros(shape, dtype=torch.int32)).mark_layout_dynamic()  # noqa: E731
-    example = (dynamic(NUM_EXPERTS + 1), dynamic(NUM_EXPERTS + 1), dynamic((4, 4)))
+    zeros = [torch.zeros(n, dtype=torch.int32) for n in (NUM_EXPERTS + 1, NUM_EXPERTS + 1, (4, 4))]
+    example = [from_dlpack(tensor).mark_layout_dynamic() for tensor in zeros]
     return {shape: cute.compile(walk, *example, *shape) for shape in SHAPES}
 
 

@@ -1,7 +1,7 @@
 """Compiles a ragged-M kernel: its class and the tensors it is called with.
 
-Legend: T tokens, D model width, F expert width, E experts, R_max bound on routed rows, halves 2 when
-gated. T and R_max are symbols: no kernel is compiled for them.
+Legend: T tokens, D model width, F expert width, E experts, R_max bound on routed rows, halves 2
+when gated. T and R_max are symbols: no kernel is compiled for them.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from sonicmoe_kernels.cute.d_hidden import DHidden
 from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
+from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.cute.up import Up
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
@@ -64,6 +65,11 @@ def build(gemm: RowGemm) -> Any:
     reason = why_illegal(gemm)
     if reason is not None:
         raise ValueError(f"kernel {gemm.kernel} cannot be compiled: {reason} ({gemm})")
+    return compile_instance(KERNELS[gemm.kernel](gemm))
+
+
+def compile_instance(kernel: GroupedGemmM) -> Any:
+    """Compiles an instance of a kernel's class."""
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
-    kernel = KERNELS[gemm.kernel](gemm)
-    return cute.compile(kernel, *arguments(gemm), Int32(0), stream, options="--enable-tvm-ffi")
+    operands = arguments(kernel.gemm)
+    return cute.compile(kernel, *operands, Int32(0), stream, options="--enable-tvm-ffi")

@@ -1,12 +1,13 @@
-"""Kernel 4, dH: dA' = dO[idx] W2; dH = dact(s dA', H); A' = s A; dS = <dA', A> for every routed row.
+"""Kernel 4, dH: dA' = dO[idx] W2; dH = dact(s dA', H); A' = s A; dS = <dA', A> for every routed
+row.
 
-Legend: T tokens, D model width, F expert width, E experts, R routed rows, halves 2 when gated, s the
-row's score.
+Legend: T tokens, D model width, F expert width, E experts, R routed rows, halves 2 when gated, s
+the row's score.
 
-Gathers dO's rows in the load; the epilogue reads H, recomputes A from it and never needs Y. dH may be
-written over H: a chunk is read before it is stored, and nobody else reads it. dS is summed over one n
-tile's columns in a fixed order and stored per n tile. Reads R D (dO, mostly from L2), E D F, H and s;
-writes dH (R, halves, F), A' (R, F) and n_tiles R numbers. FLOPs: 2 R D F.
+Gathers dO's rows in the load; the epilogue reads H, recomputes A from it and never needs Y. dH may
+be written over H: a chunk is read before it is stored, and nobody else reads it. dS is summed over
+one n tile's columns in a fixed order and stored per n tile. Reads R D (dO, mostly from L2), E D F,
+H and s; writes dH (R, halves, F), A' (R, F) and n_tiles R numbers. FLOPs: 2 R D F.
 """
 
 from typing import NamedTuple
@@ -83,7 +84,7 @@ class DHidden(GroupedGemmM):
 
     @cute.jit
     def before_main_loop(self, tensors, registers, memory, output):
-        """Starts the first loads of H and reads the scores: both are there when the products are."""
+        """Starts the first loads of H and reads the scores, ahead of the products."""
         rScore, _ = registers
         for chunk in cutlass.range_constexpr(self.tile.load_sets):
             self.load_h(tensors, memory, output, chunk)
@@ -172,7 +173,7 @@ class DHidden(GroupedGemmM):
 
     @cute.jit
     def store_dscore(self, tensors, rSum, memory, output):
-        """Adds the four threads that share a row, in a fixed order, and stores this n tile's part."""
+        """Adds the four threads of a row in a fixed order and stores this n tile's part."""
         for i in cutlass.range_constexpr(cute.size(rSum)):
             total = rSum[i]
             total += cute.arch.shuffle_sync_bfly(total, 1)

@@ -2,8 +2,8 @@
 
 Legend: D model width, F expert width, E experts, R routed rows, halves 2 when gated.
 
-The depth runs over F of W1, then over F of W3, as dH's halves lie behind each other in a row. Reads dH
-(R, halves, F) and E F D per weight; writes dX~ (R, D). FLOPs: 2 R D F halves.
+The depth runs over F of W1, then over F of W3, as dH's halves lie behind each other in a row.
+Reads dH (R, halves, F) and E F D per weight; writes dX~ (R, D). FLOPs: 2 R D F halves.
 """
 
 import cutlass.cute as cute

@@ -2,7 +2,8 @@
 
 Legend: D model width, F expert width, E experts, R routed rows.
 
-Reads A (R, F), W2 (E, D, F); writes Y (R, D). FLOPs: 2 R D F. With small F it is bound by writing Y.
+Reads A (R, F), W2 (E, D, F); writes Y (R, D). FLOPs: 2 R D F. With small F it is bound by writing
+Y.
 """
 
 import cutlass.cute as cute

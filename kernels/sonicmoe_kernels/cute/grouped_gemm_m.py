@@ -1,19 +1,22 @@
 """The template of the four GEMMs with ragged M on sm_90a: C[r] = epilogue(A[r] B[expert of r]).
 
-Legend: R rows of all experts, E experts, M tile rows (128), N tile columns, K depth of a stage (64),
-S stages. m = global, g = tile, s = shared, r = register (CuTe's grammar).
+Legend: R rows of all experts, E experts, M tile rows (128), N tile columns, K depth of a stage
+(64), S stages. m = global, g = tile, s = shared, r = register (CuTe's grammar).
 
-A kernel is a subclass that says what A, B and the epilogue are: `up`, `down`, `d_hidden`, `d_input`.
-The schedule is in schedule.py, gathered A in gather.py, clipped stores in tma_ragged.py.
+A kernel is a subclass that says what A, B and the epilogue are: `up`, `down`, `d_hidden`,
+`d_input`. The schedule is in schedule.py, gathered A in gather.py, clipped stores in
+tma_ragged.py.
 
 Warp roles, 384 threads a CTA, one CTA a multiprocessor, clusters of two:
-- warpgroup 0 produces: TMA for B (multicast when the cluster shares it) and for A, or cp.async by all
-  its 128 threads for gathered A; both land on the same mbarrier.
-- warpgroups 1 and 2 consume: wgmma with fp32 accumulators, then the epilogue. Cooperative: 64 rows of
-  every tile each. Ping-pong: every second tile each, one's epilogue under the other's main loop.
+- warpgroup 0 produces: TMA for B (multicast when the cluster shares it) and for A, or cp.async by
+  all its 128 threads for gathered A; both land on the same mbarrier.
+- warpgroups 1 and 2 consume: wgmma with fp32 accumulators, then the epilogue. Cooperative: 64 rows
+  of every tile each. Ping-pong: every second tile each, one's epilogue under the other's main
+  loop.
 
-Shared memory: per stage (128 + N) * 128 bytes; store and load buffers of the epilogue; two tables of
-E + 1 numbers. Every CTA of a cluster has the same number of k tiles per unit, so stages stay in step.
+Shared memory: per stage (128 + N) * 128 bytes; store and load buffers of the epilogue; two tables
+of E + 1 numbers. Every CTA of a cluster has the same number of k tiles per unit, so stages stay in
+step.
 """
 
 from typing import NamedTuple
@@ -25,8 +28,16 @@ from cutlass import Float32, Int16, Int32, Int64, const_expr, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
-from sonicmoe_kernels.cute import gather, schedule, tma_ragged
-from sonicmoe_kernels.tiles import CLUSTER, THREADS, TILE_K, TILE_M, WARPGROUP_ROWS, RowGemm
+from sonicmoe_kernels.cute import gather, schedule
+from sonicmoe_kernels.tiles import (
+    CLUSTER,
+    ELEMENT_BYTES,
+    THREADS,
+    TILE_K,
+    TILE_M,
+    WARPGROUP_ROWS,
+    RowGemm,
+)
 
 WARPGROUP = 128
 PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three roles share 504
@@ -57,6 +68,16 @@ class Gathered(NamedTuple):
 
     mX: cute.Tensor
     mIndex: cute.Tensor
+
+
+class Walk(NamedTuple):
+    """The schedule's tables, and which CTA of which cluster walks over the units."""
+
+    sOffsets: cute.Tensor  # (E + 1,) first row of every expert
+    sStart: cute.Tensor  # (E + 1,) first unit of every expert
+    rank: Int32
+    cluster: Int32
+    clusters: Int32
 
 
 class OutputTile(NamedTuple):
@@ -242,11 +263,10 @@ class GroupedGemmM:
 
         stages = self.make_pipeline(storage)
         load_barriers = storage.load_barriers.data_ptr()
-        if const_expr(gemm.loads):
-            if warp_index == 0:
-                with cute.arch.elect_one():
-                    for i in cutlass.range_constexpr(2 * tile.load_sets):
-                        cute.arch.mbarrier_init(load_barriers + i, 1)
+        if warp_index == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(2 * tile.load_sets):
+                    cute.arch.mbarrier_init(load_barriers + i, 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
         table = cute.make_layout(gemm.num_experts + 1)
@@ -272,13 +292,12 @@ class GroupedGemmM:
         sSource = storage.b.get_tensor(source_layout.outer, swizzle=source_layout.inner)
         cluster = cute.arch.block_idx()[0] // CLUSTER
         clusters = cute.arch.grid_dim()[0] // CLUSTER
+        walk = Walk(sOffsets, sStart, rank, cluster, clusters)
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if const_expr(gemm.gathers) or warp_index == 0:
-                self.produce(
-                    stages, sOffsets, sStart, a, weights, sA, sSource, rank, cluster, clusters
-                )
+                self.produce(stages, walk, a, weights, sA, sSource)
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             sStore = storage.stores.get_tensor(store_layout.outer, swizzle=store_layout.inner)
@@ -288,26 +307,24 @@ class GroupedGemmM:
             memory = EpilogueMemory(
                 sStore, sLoad, load_barriers, group - 1, thread % WARPGROUP, warp_index % 4 == 0
             )
-            self.consume(
-                stages, sOffsets, sStart, tiled_mma, chunk_mma, epilogue, memory, sA, sB, rank, cluster,
-                clusters,
-            )  # fmt: skip
+            self.consume(stages, walk, tiled_mma, chunk_mma, epilogue, memory, sA, sB)
         # A CTA's shared memory must outlive its partner's multicasts and releases.
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
 
     def make_pipeline(self, storage) -> pipeline.PipelineTmaAsync:
-        """Full: one arrival with the expected bytes, and 128 of cp.async. Empty: both CTAs' consumers."""
-        group_of = lambda count: pipeline.CooperativeGroup(pipeline.Agent.Thread, count)  # noqa: E731
+        """Full: one arrival with the bytes, 128 of cp.async. Empty: both CTAs' consumers."""
         gathers = self.gemm.gathers
-        bytes_of = lambda rows: rows * TILE_K * self.dtype.width // 8  # noqa: E731
+        threads = pipeline.Agent.Thread
+        producers = 1 + gather.GATHER_THREADS if gathers else 1
         consumer_warps = 4 if self.pingpong else 8
+        rows_by_tma = self.tile.tile_n + (0 if gathers else TILE_M)
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.stage_barriers.data_ptr(),
             num_stages=self.tile.stages,
-            producer_group=group_of(1 + gather.GATHER_THREADS if gathers else 1),
-            consumer_group=group_of(consumer_warps * CLUSTER),
-            tx_count=bytes_of(self.tile.tile_n + (0 if gathers else TILE_M)),
+            producer_group=pipeline.CooperativeGroup(threads, producers),
+            consumer_group=pipeline.CooperativeGroup(threads, consumer_warps * CLUSTER),
+            tx_count=rows_by_tma * TILE_K * ELEMENT_BYTES,
             cta_layout_vmnk=cute.make_layout((1, CLUSTER, 1, 1)),
             defer_sync=True,
         )
@@ -315,27 +332,27 @@ class GroupedGemmM:
     # ----------------------------------------------------- device: producer
 
     @cute.jit
-    def produce(self, stages, sOffsets, sStart, a, weights, sA, sSource, rank, cluster, clusters):
+    def produce(self, stages, walk, a, weights, sA, sSource):
         """Fills the stages of all tiles of this CTA, in the order in which they are consumed."""
         gemm = self.gemm
         thread = cute.arch.thread_idx()[0]
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tile.stages)
-        sources = [self.partition_weight(maps, sSource, rank) for maps in weights]
+        sources = [self.partition_weight(maps, sSource, walk.rank) for maps in weights]
         mask = Int16(MULTICAST_MASK)
         if const_expr(gemm.gathers):
             atom = gather.gather_atom(self.dtype)
             rRows = cute.make_rmem_tensor(TILE_M // gather.ROWS_PER_PASS, Int32)
             sA_linear = cute.recast_ptr(sA.iterator, dtype=self.dtype)  # without the swizzle
         expert = Int32(0)
-        unit = cluster
-        total = sStart[gemm.num_experts]
+        unit = walk.cluster
+        total = walk.sStart[gemm.num_experts]
         while unit < total:
-            expert = schedule.find_expert(unit, expert, sStart, gemm.num_experts)
-            first = sOffsets[expert]
-            end = sOffsets[expert + 1]
+            expert = schedule.find_expert(unit, expert, walk.sStart, gemm.num_experts)
+            first = walk.sOffsets[expert]
+            end = walk.sOffsets[expert + 1]
             at = schedule.tile_of(
-                unit - sStart[expert], end - first, rank, TILE_M, gemm.n_tiles, CLUSTER
+                unit - walk.sStart[expert], end - first, walk.rank, TILE_M, gemm.n_tiles, CLUSTER
             )
             row = first + at.m * TILE_M
             if const_expr(gemm.gathers):
@@ -370,13 +387,19 @@ class GroupedGemmM:
                             self.load_a(a, sA, row, depth, state.index, barrier)
                     if const_expr(gemm.gathers):
                         sTile = sA_linear + state.index * (TILE_M * TILE_K)
-                        gather.gather_tile(atom, a.mX, rRows, k, sTile, thread, gemm.k)
+                        upper = TILE_M // 2 // gather.ROWS_PER_PASS  # first pass of the upper 64
+                        for passes in cutlass.range_constexpr(2):
+                            if passes == 0 or end - row > TILE_M // 2:
+                                first_pass = passes * upper
+                                gather.gather_rows(
+                                    atom, a.mX, rRows, k, sTile, thread, gemm.k, first_pass, upper
+                                )
                         cute.arch.cp_async_mbarrier_arrive_noinc(stages.producer_get_barrier(state))
                     state.advance()
-            unit += clusters
+            unit += walk.clusters
 
     def partition_weight(self, maps: WeightMaps, sSource: cute.Tensor, rank: Int32) -> tuple:
-        """(shared, global) of the multicast map, then of a CTA's own map; global is (box, N, K, E)."""
+        """(shared, global) of the multicast map, then of a CTA's own; global is (box, N, K, E)."""
         box = (self.gemm.n_step, TILE_K)
         sBox = cute.group_modes(sSource, 0, 2)
         gShared = cute.group_modes(cute.local_tile(maps.mShared, box, (None, None, None)), 0, 2)
@@ -400,10 +423,7 @@ class GroupedGemmM:
     # ----------------------------------------------------- device: consumers
 
     @cute.jit
-    def consume(
-        self, stages, sOffsets, sStart, tiled_mma, chunk_mma, epilogue, memory, sA, sB, rank, cluster,
-        clusters,
-    ):  # fmt: skip
+    def consume(self, stages, walk, tiled_mma, chunk_mma, epilogue, memory, sA, sB):
         """Multiplies and runs the epilogue of all tiles of this warpgroup."""
         gemm = self.gemm
         mma_slice = 0 if const_expr(self.pingpong) else memory.group * WARPGROUP
@@ -415,13 +435,13 @@ class GroupedGemmM:
         registers = self.epilogue_registers()
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
         expert = Int32(0)
-        unit = cluster
-        step = clusters
-        total = sStart[gemm.num_experts]
+        unit = walk.cluster
+        step = walk.clusters
+        total = walk.sStart[gemm.num_experts]
         if const_expr(self.pingpong):
-            step = 2 * clusters
+            step = 2 * walk.clusters
             if memory.group == 1:
-                unit += clusters
+                unit += walk.clusters
                 for _ in cutlass.range(self.k_tiles, unroll=1):
                     read.advance()
                 # Group 0 goes first.
@@ -431,44 +451,53 @@ class GroupedGemmM:
         release = read.clone()
         tiles_done = Int32(0)
         while unit < total:
-            expert = schedule.find_expert(unit, expert, sStart, gemm.num_experts)
-            first = sOffsets[expert]
-            length = sOffsets[expert + 1] - first
+            expert = schedule.find_expert(unit, expert, walk.sStart, gemm.num_experts)
+            first = walk.sOffsets[expert]
+            length = walk.sOffsets[expert + 1] - first
             at = schedule.tile_of(
-                unit - sStart[expert], length, rank, TILE_M, gemm.n_tiles, CLUSTER
+                unit - walk.sStart[expert], length, walk.rank, TILE_M, gemm.n_tiles, CLUSTER
             )
             row = at.m * TILE_M
             if const_expr(not self.pingpong):
                 row += memory.group * WARPGROUP_ROWS
             output = OutputTile(first, length, row, at.n)
-            self.before_main_loop(epilogue, registers, memory, output)
-            if const_expr(self.pingpong):
-                # In-order main loops: otherwise a group waits so far ahead that parity aliases.
-                cute.arch.barrier(
-                    barrier_id=FIRST_ORDER_BARRIER + memory.group, number_of_threads=2 * WARPGROUP
-                )
-            stages.consumer_wait(read)
-            self.fence_gathered()
-            self.multiply(tiled_mma, rAcc, rA, rB, read.index, False)
-            read.advance()
-            for _k in cutlass.range(1, self.k_tiles, unroll=1):
+            if row < length:
+                self.before_main_loop(epilogue, registers, memory, output)
+                if const_expr(self.pingpong):
+                    # In-order main loops: a group that waits too far ahead sees parity alias.
+                    cute.arch.barrier(
+                        barrier_id=FIRST_ORDER_BARRIER + memory.group,
+                        number_of_threads=2 * WARPGROUP,
+                    )
                 stages.consumer_wait(read)
                 self.fence_gathered()
-                self.multiply(tiled_mma, rAcc, rA, rB, read.index, True)
-                warpgroup.wait_group(1)
+                self.multiply(tiled_mma, rAcc, rA, rB, read.index, False)
+                read.advance()
+                for _k in cutlass.range(1, self.k_tiles, unroll=1):
+                    stages.consumer_wait(read)
+                    self.fence_gathered()
+                    self.multiply(tiled_mma, rAcc, rA, rB, read.index, True)
+                    warpgroup.wait_group(1)
+                    stages.consumer_release(release)
+                    release.advance()
+                    read.advance()
+                if const_expr(self.pingpong):
+                    cute.arch.barrier_arrive(
+                        barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group,
+                        number_of_threads=2 * WARPGROUP,
+                    )
+                warpgroup.wait_group(0)
                 stages.consumer_release(release)
                 release.advance()
-                read.advance()
-            if const_expr(self.pingpong):
-                cute.arch.barrier_arrive(
-                    barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group,
-                    number_of_threads=2 * WARPGROUP,
-                )
-            warpgroup.wait_group(0)
-            stages.consumer_release(release)
-            release.advance()
-            self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
-            tiles_done += 1
+                self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
+                tiles_done += 1
+            elif const_expr(not self.pingpong):
+                # No row of this block of 64 belongs to the expert: let the stages pass by.
+                for _k in cutlass.range(self.k_tiles, unroll=1):
+                    stages.consumer_wait(read)
+                    stages.consumer_release(release)
+                    release.advance()
+                    read.advance()
             unit += step
             if const_expr(self.pingpong):
                 for _k in cutlass.range(self.k_tiles, unroll=1):

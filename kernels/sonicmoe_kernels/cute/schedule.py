@@ -1,16 +1,18 @@
-"""Which tile a CTA computes next: a flat list of units over all experts, walked by persistent clusters.
+"""Which tile a CTA computes next: a flat list of units over all experts, walked by persistent
+clusters.
 
-Legend: E experts, M tile rows of one expert, N tile columns, unit = what one cluster computes at once,
-rank = a CTA's place in its cluster.
+Legend: E experts, M tile rows of one expert, N tile columns, unit = what one cluster computes at
+once, rank = a CTA's place in its cluster.
 
-An expert with `rows` rows has m_tiles = ceil(rows / tile_m) and n_tiles columns of tiles. In a cluster of two,
-two consecutive m tiles of one expert share every weight tile (it is multicast): one unit is (m pair, n). An
-odd last m tile is not padded to a pair: its unit is (m, n pair), two different weight tiles without multicast.
-With an odd n_tiles the very last CTA gets n == n_tiles: TMA reads zeros there and stores nothing.
+An expert with `rows` rows has m_tiles = ceil(rows / tile_m) and n_tiles columns of tiles. In a
+cluster of two, two consecutive m tiles of one expert share every weight tile (it is multicast):
+one unit is (m pair, n). An odd last m tile is not padded to a pair: its unit is (m, n pair), two
+different weight tiles without multicast. With an odd n_tiles the very last CTA gets n == n_tiles:
+TMA reads zeros there and stores nothing.
 
-Units of one expert are consecutive, pairs of rows outermost, n innermost, so the rows of A stay in L2 while
-the cluster next to it takes the next n. All functions here are index arithmetic without warp intrinsics (they
-also run on the CPU), except `load_schedule`, which is a block-wide scan.
+Units of one expert are consecutive, pairs of rows outermost, n innermost, so the rows of A stay in
+L2 while the cluster next to it takes the next n. All functions here are index arithmetic without
+warp intrinsics (they also run on the CPU), except `load_schedule`, which is a block-wide scan.
 """
 
 from typing import NamedTuple
@@ -23,7 +25,7 @@ WARP = 32
 
 
 class Tile(NamedTuple):
-    """What one CTA computes: m and n tile of an expert, and 1 if the weight tile is the cluster's."""
+    """A CTA's m and n tile of an expert; shared_weights is 1 if the cluster shares the weights."""
 
     m: Int32
     n: Int32
@@ -44,8 +46,8 @@ def units_of(rows: Int32, tile_m: Constexpr, n_tiles: Constexpr, cluster: Conste
 def find_expert(unit: Int32, expert: Int32, mStart: cute.Tensor, num_experts: Constexpr) -> Int32:
     """The expert that owns `unit`: the last e >= `expert` with start[e] <= unit < start[E].
 
-    `expert` is a lower bound (a CTA's units only grow). Bisection: log2(E) reads even when most experts are
-    empty; empty ones are skipped because their start equals the next one's.
+    `expert` is a lower bound (a CTA's units only grow). Bisection: log2(E) reads even when most
+    experts are empty; empty ones are skipped because their start equals the next one's.
     """
     low = expert
     high = Int32(num_experts)
@@ -67,7 +69,7 @@ def tile_of(
     n_tiles: Constexpr,
     cluster: Constexpr,
 ) -> Tile:
-    """The tile that CTA `rank` of the cluster takes in `unit`, counted from its expert's first unit."""
+    """The tile of CTA `rank` of the cluster in `unit`, counted from its expert's first unit."""
     m = unit // n_tiles
     n = unit - m * n_tiles
     shared = Int32(0)
@@ -95,11 +97,12 @@ def load_schedule(
     n_tiles: Constexpr,
     cluster: Constexpr,
 ):
-    """Fills sOffsets (E+1) and sStart (E+1), the first unit of every expert; all `threads` threads call it.
+    """Fills sOffsets (E+1) and sStart (E+1), the first unit of every expert; all `threads` threads
+    call it.
 
-    Thread t owns ceil(E / threads) consecutive experts: O(E / threads) work and one scan over warps. Ends
-    with the tables written but not yet visible: the caller synchronises the block before reading them.
-    sWarpSum holds threads / 32 entries of scratch.
+    Thread t owns ceil(E / threads) consecutive experts: O(E / threads) work and one scan over
+    warps. Ends with the tables written but not yet visible: the caller synchronises the block
+    before reading them. sWarpSum holds threads / 32 entries of scratch.
     """
     thread = cute.arch.thread_idx()[0]
     lane = cute.arch.lane_idx()

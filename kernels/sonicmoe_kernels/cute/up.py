@@ -2,9 +2,9 @@
 
 Legend: T tokens, D model width, F expert width, E experts, R routed rows, halves 2 when gated.
 
-Gathers X's rows in the load. The B tile is N / 2 rows of W1 over N / 2 rows of W3, so gate and up of a
-column meet in one thread's accumulators. Reads R D (X, mostly from L2), E F D per weight; writes H
-(R, halves, F) and A (R, F). FLOPs: 2 R D F halves.
+Gathers X's rows in the load. The B tile is N / 2 rows of W1 over N / 2 rows of W3, so gate and up
+of a column meet in one thread's accumulators. Reads R D (X, mostly from L2), E F D per weight;
+writes H (R, halves, F) and A (R, F). FLOPs: 2 R D F halves.
 """
 
 from typing import NamedTuple

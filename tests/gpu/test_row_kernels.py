@@ -1,0 +1,123 @@
+"""The ragged-M kernels one by one on a GPU: every routing, tile, activation and dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels import hopper
+from sonicmoe_kernels.backends import HOPPER_CAPABILITY
+from sonicmoe_kernels.tiles import ROW_TILES, RowGemm, RowTile, why_illegal
+
+from tests.cases import ACTIVATION_CASES, ROUTINGS, SMALL_CASES, Case
+from tests.gpu.row_kernels import CHECKS, KERNELS, launchers, make_problem, same_bits
+
+# Widths that fill no tile, an odd number of n tiles, and more n tiles than one cluster takes.
+WIDTHS = ((64, 64), (192, 192), (128, 320), (320, 128), (768, 256), (1536, 256))
+REPEATS = 1000
+HUGE = 2**31  # elements: beyond it 32-bit offsets overflow
+
+
+@pytest.fixture(autouse=True)
+def hopper_gpu() -> Iterator[None]:
+    if torch.cuda.get_device_capability() != HOPPER_CAPABILITY:
+        pytest.skip("needs compute capability 9.0")
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", SMALL_CASES + ACTIVATION_CASES, ids=lambda case: case.name)
+def test_kernel_agrees_with_fp32(case: Case, kernel: str) -> None:
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("widths", WIDTHS, ids=lambda widths: f"D{widths[0]}_F{widths[1]}")
+def test_every_width_works_on_every_routing(
+    widths: tuple[int, int], routing: str, kernel: str
+) -> None:
+    case = Case(1000, *widths, E=24, K=3, routing=routing)
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_agrees_with_fp32_in_fp16(kernel: str) -> None:
+    CHECKS[kernel](make_problem(SMALL_CASES[0], torch.float16))
+
+
+def _tiles() -> list[tuple[str, RowTile]]:
+    return [(kernel, tile) for kernel, tiles in ROW_TILES.items() for tile in tiles]
+
+
+@pytest.mark.parametrize(("kernel", "tile"), _tiles(), ids=str)
+def test_every_tile_of_the_table_is_right(
+    kernel: str, tile: RowTile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(2000, 768, 256, E=24, K=3, routing="tile_edges")
+    gemm = RowGemm(kernel, case.D, case.F, case.E, "bfloat16", case.activation, tile)
+    assert why_illegal(gemm) is None
+    monkeypatch.setattr(hopper, "row_gemm", lambda *facts: gemm)
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_thousand_experts_most_of_them_empty(kernel: str) -> None:
+    case = Case(300, 64, 64, E=1024, K=2, routing="zipf")
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_repeats_are_bitwise_equal_while_another_stream_loads_the_gpu(kernel: str) -> None:
+    problem = make_problem(Case(2000, 768, 256, E=24, K=3, routing="zipf"), torch.bfloat16)
+    launch = launchers(problem)[kernel]
+    other, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        for tensor in launch.outputs:
+            tensor.fill_(float("nan"))
+        launch.call()
+        return [tensor.clone() for tensor in launch.outputs]
+
+    expected = run()
+    for repeat in range(REPEATS):
+        if repeat % 10 == 0:
+            with torch.cuda.stream(other):
+                noise @ noise
+        for got, wanted in zip(run(), expected, strict=True):
+            assert same_bits(got, wanted), f"repeat {repeat}"
+
+
+@pytest.mark.parametrize("kernel", ("up", "d_hidden"))
+def test_gathered_rows_beyond_31_bits_of_elements(kernel: str) -> None:
+    case = Case(HUGE // 4096 + 1000, 4096, 64, E=4, K=1)
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", ("down", "d_input"))
+def test_outputs_beyond_31_bits_of_elements(kernel: str) -> None:
+    case = Case(HUGE // 7168 + 1000, 7168, 64, E=4, K=1)
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_weights_beyond_31_bits_of_elements(kernel: str) -> None:
+    case = Case(1200, 4096, 2048, E=HUGE // (4096 * 2048) + 4, K=4)
+    CHECKS[kernel](make_problem(case, torch.bfloat16))
+
+
+def test_fifty_token_counts_run_one_kernel() -> None:
+    for tokens in range(1, 51):
+        problem = make_problem(dataclasses.replace(SMALL_CASES[0], T=tokens), torch.bfloat16)
+        for launch in launchers(problem).values():
+            launch.call()
+        if tokens == 1:
+            loaded = kernel_cache.load.cache_info().misses
+    assert kernel_cache.load.cache_info().misses == loaded

@@ -1,0 +1,83 @@
+"""Every configuration of the ragged-M kernels compiles without a GPU and stays lean."""
+
+import dataclasses
+
+import pytest
+from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels.activations import ACTIVATIONS
+from sonicmoe_kernels.tiles import (
+    MAX_EXPERTS,
+    ROW_TILES,
+    SHARED_MEMORY_LIMIT,
+    RowGemm,
+    pick_rows,
+    why_illegal,
+)
+
+from tests.kernels.sass import read_sass, tools_folder
+
+pytest.importorskip("cutlass")
+
+SIZES = (1536, 256, 128)
+# Bytes of stack a thread, where it is not zero: per-tile bookkeeping, never in the main loop.
+STACK_BYTES = {("d_hidden", 256): 8}
+
+
+def configurations():
+    """Each of the table's tiles once; then activations, fp16 and the most experts."""
+    gemms = [
+        RowGemm(kernel, *SIZES, "bfloat16", "swiglu", tile)
+        for kernel, tiles in ROW_TILES.items()
+        for tile in tiles
+    ]
+    for name in ACTIVATIONS:
+        if name != "swiglu":
+            gemms.append(pick_rows("up", d=192, f=128, num_experts=3, activation=name))
+            gemms.append(pick_rows("d_hidden", d=192, f=128, num_experts=3, activation=name))
+    gemms.append(pick_rows("d_input", d=192, f=128, num_experts=3, activation="relu2"))
+    for kernel in ROW_TILES:
+        gemms.append(pick_rows(kernel, d=512, f=256, num_experts=MAX_EXPERTS, dtype="float16"))
+    return [gemm for gemm in dict.fromkeys(gemms) if why_illegal(gemm) is None]
+
+
+def label(gemm):
+    tile = gemm.tile
+    name = f"{gemm.kernel}-{tile.schedule}-{tile.tile_n}-{tile.stages}-{tile.epi_n}"
+    return f"{name}-{gemm.activation}-{gemm.dtype}-E{gemm.num_experts}"
+
+
+@pytest.mark.parametrize("gemm", configurations(), ids=label)
+def test_configuration_compiles_with_tensor_cores_and_a_main_loop_in_registers(gemm, tmp_path):
+    compiled = kernel_cache.compile_kernel(gemm)
+    object_file = tmp_path / "kernel.o"
+    compiled.export_to_c(object_file_path=str(object_file), function_name=kernel_cache.ENTRY)
+    if tools_folder() is None:
+        pytest.skip("compiled; no cuobjdump here to look inside")
+    sass = read_sass(object_file, tmp_path)
+    allowed = STACK_BYTES.get((gemm.kernel, gemm.tile.tile_n), 0)
+    assert sass.stack_bytes <= allowed
+    loop = sass.main_loop()
+    assert not [line for line in loop if "LDL" in line or "STL" in line]
+    assert all(f"HGMMA.64x{gemm.tile.tile_n}x16" in line for line in loop if "HGMMA" in line)
+    assert (sass.count("LDGSTS") > 0) == gemm.gathers
+    assert sass.count("UTMASTG") > 0
+
+
+@pytest.mark.parametrize("kernel", ROW_TILES)
+def test_counted_shared_memory_covers_what_the_kernel_lays_out(kernel):
+    kernel_cache.prepare_dsl()
+    from sonicmoe_kernels.cute import build_rows
+
+    gemm = pick_rows(kernel, d=SIZES[0], f=SIZES[1], num_experts=SIZES[2])
+    instance = build_rows.KERNELS[kernel](gemm)
+    build_rows.compile_instance(instance)
+    laid_out = instance.Storage.size_in_bytes()
+    assert laid_out <= gemm.shared_memory <= SHARED_MEMORY_LIMIT
+    assert gemm.shared_memory - laid_out <= 2048  # counted, not guessed
+
+
+def test_an_illegal_configuration_is_refused_before_compiling():
+    gemm = pick_rows("up", d=SIZES[0], f=SIZES[1], num_experts=SIZES[2])
+    too_deep = dataclasses.replace(gemm, tile=dataclasses.replace(gemm.tile, stages=6))
+    with pytest.raises(ValueError, match="shared memory"):
+        kernel_cache.compile_kernel(too_deep)

@@ -1,0 +1,74 @@
+"""Tile configurations: what the table picks is legal for every size users may have."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sonicmoe_kernels.activations import ACTIVATIONS
+from sonicmoe_kernels.tiles import (
+    MAX_EXPERTS,
+    ROW_TILES,
+    SHARED_MEMORY_LIMIT,
+    RowGemm,
+    RowTile,
+    pick_rows,
+    why_illegal,
+)
+
+
+def gemm(kernel="up", d=1536, f=256, experts=128, tile=None, activation="swiglu"):
+    tile = tile or ROW_TILES[kernel][0]
+    return RowGemm(kernel, d, f, experts, "bfloat16", activation, tile)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    kernel=st.sampled_from(list(ROW_TILES)),
+    d=st.integers(1, 112),
+    f=st.integers(1, 64),
+    experts=st.integers(1, MAX_EXPERTS),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+)
+def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, activation):
+    picked = pick_rows(kernel, d=64 * d, f=64 * f, num_experts=experts, activation=activation)
+    assert why_illegal(picked) is None
+    assert picked.shared_memory <= SHARED_MEMORY_LIMIT
+    assert picked.n_tiles * picked.n_step >= picked.n > (picked.n_tiles - 1) * picked.n_step
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"d": 1000}, "multiples of 64"),
+        ({"f": 0}, "multiples of 64"),
+        ({"experts": MAX_EXPERTS + 1}, "E=1025"),
+        ({"tile": RowTile(264, 3)}, "multiple of 16"),
+        ({"tile": RowTile(192, 3)}, "96 columns"),
+        ({"tile": RowTile(256, 3, epi_n=48)}, "epi_n=48"),
+        ({"tile": RowTile(256, 3, "pingpong")}, "spill"),
+        ({"tile": RowTile(256, 3, epi_sets=3)}, "epi_sets=3"),
+        ({"tile": RowTile(256, 5)}, "shared memory"),
+        ({"tile": RowTile(256, 1)}, "two stages"),
+        ({"kernel": "d_hidden", "tile": RowTile(256, 3)}, "load_sets=0"),
+    ],
+)
+def test_an_illegal_configuration_is_refused_with_its_reason(changes, reason):
+    assert reason in why_illegal(gemm(**changes))
+
+
+def test_asking_for_impossible_sizes_raises_what_is_accepted():
+    with pytest.raises(ValueError, match="D=100 and F=256 must be positive multiples of 64"):
+        pick_rows("up", d=100, f=256, num_experts=8)
+
+
+def test_gated_up_projection_halves_the_columns_of_a_tile():
+    gated, plain = gemm(), gemm(activation="relu2")
+    assert (gated.n_step, gated.n_tiles, gated.stores) == (128, 2, 3)
+    assert (plain.n_step, plain.n_tiles, plain.stores) == (256, 1, 2)
+
+
+def test_specs_are_values_that_can_name_a_cache_entry():
+    assert gemm() == gemm() and hash(gemm()) == hash(gemm())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        gemm().d = 64
