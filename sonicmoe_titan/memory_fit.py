@@ -237,7 +237,7 @@ def measure_first_block(
     """
     if config.activation_checkpoint is not None or config.compile.enable:
         return
-    blocks = [block for part in model_parts for block in part.layers.values()]
+    first_block = next(model_parts[0].get_submodule("layers").children())
     predicted = total(moe_terms(_shape_here(config, layout_of(config, num_gpus=num_gpus))))
 
     def tell(measured: int) -> None:
@@ -247,7 +247,7 @@ def measure_first_block(
             f"{predicted:,} ({off:+.3%})"
         )
 
-    on_first_forward(blocks[0].moe, tell)
+    on_first_forward(first_block.get_submodule("moe"), tell)
 
 
 def _shape_here(config: SonicTrainer.Config, layout: Layout) -> LayerShape:
