@@ -19,6 +19,7 @@ SINGLE = {"local_batch_size": 1}  # TorchTitan's pipeline microbatch
 HALF = {"local_batch_size": 2}
 ROUNDING = {"router": "token_rounding"}
 AUX = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.01}
+BIAS = {"load_balance_coeff": 0.05}
 UNTIED = {"tie_embeddings": False}  # TorchTitan's pipelines need it
 SELECTIVE = {"activation_checkpoint": SelectiveAC.Config()}
 FULL = {"activation_checkpoint": FullAC.Config()}
@@ -44,6 +45,10 @@ ONE: Runs = {
     "stock": _run(stock=True),
     "stock, bf16": _run(stock=True, bf16=True),
     "stock, untied": _run(stock=True, model=UNTIED),
+    "stock, bias": _run(stock=True, model=BIAS, inspect=probes.expert_bias),
+    "bias": _run(model=BIAS, inspect=probes.expert_bias),
+    "bias, one step": _run(model=BIAS, steps=1, inspect=probes.expert_bias),
+    "bias, rounding": _run(model=BIAS | ROUNDING, steps=1, inspect=probes.expert_bias),
     "plain": _run(inspect=probes.layer_stats),
     "plain, bf16": _run(bf16=True),
     "accumulated": _run(whole=False, training={"global_batch_size": 4}),
@@ -74,7 +79,9 @@ TWO: Runs = {
     "ep, rounding": _run(whole=False, parallelism=EP2, model=ROUNDING, inspect=probes.layer_stats),
     "ep, rounding, full": _run(whole=False, parallelism=EP2, model=ROUNDING, trainer=FULL),
     "ep, aux": _run(whole=False, parallelism=EP2, model=AUX),
+    "ep, bias": _run(whole=False, parallelism=EP2, model=BIAS, inspect=probes.expert_bias),
     "tp": _run(parallelism=TP2),
+    "tp, full_dtensor": _run(parallelism=TP2 | {"spmd_backend": "full_dtensor"}),
     "tp, bf16": _run(bf16=True, parallelism=TP2),
     "tp, rounding": _run(parallelism=TP2, model=ROUNDING),
     "tp, aux": _run(parallelism=TP2, model=AUX),

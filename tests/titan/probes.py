@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from sonicmoe_titan.stats import collect
 from tests.titan.distributed import set_weights
@@ -29,3 +30,13 @@ def evaluation(trainer: Any) -> dict[str, float]:
         logits = model(tokens).float()
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
     return {"same weights": loss.item()}
+
+
+def expert_bias(trainer: Any) -> list[list[float]]:
+    """TorchTitan's aux-free bias of every layer after its last update."""
+    (model,) = trainer.model_parts
+    return [_whole(block.moe.expert_bias_E).tolist() for block in model.layers.values()]
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

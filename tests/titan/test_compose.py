@@ -61,6 +61,7 @@ def test_one_process_in_bfloat16_loses_what_stock_loses(one):
         "ep, full",
         "ep, redispatch_x",
         "tp",
+        "tp, full_dtensor",
     ],
 )
 def test_two_processes_lose_what_stock_loses(one, two, name):
@@ -79,6 +80,22 @@ def test_pipeline_loses_what_stock_loses(one, two):
 def test_tensor_and_expert_parallel_lose_what_stock_loses(one, four):
     assert_same_losses(four["tp + ep"], one["stock"], relative=FLOAT32)
     assert_same_losses(four["tp + ep, bf16"], one["stock, bf16"], relative=BFLOAT16)
+
+
+def test_aux_free_bias_moves_as_stock_s_does(one, two):
+    (stock,), (ours,) = one["stock, bias"], one["bias"]
+    assert succeeded(ours).losses == pytest.approx(succeeded(stock).losses, rel=FLOAT32)
+    assert ours.inspected == stock.inspected
+    assert any(any(layer) for layer in stock.inspected)
+    for result in two["ep, bias"]:
+        assert succeeded(result).losses == pytest.approx(stock.losses, rel=FLOAT32)
+        assert result.inspected == stock.inspected
+
+
+def test_aux_free_bias_counts_choices_before_rounding(one):
+    """One step on the same weights: rounding changes the rows, not what the router preferred."""
+    (rounding,), (plain,) = one["bias, rounding"], one["bias, one step"]
+    assert succeeded(rounding).inspected[0] == succeeded(plain).inspected[0]
 
 
 @pytest.mark.parametrize("name", ["rounding, compiled, selective", "rounding, full"])
