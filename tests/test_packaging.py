@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PACKAGES = {"sonicmoe_titan": "sonicmoe_titan", "sonicmoe_kernels": "kernels/sonicmoe_kernels"}
+CONTENTS = {  # folder of the wheel -> folder of the repository
+    "sonicmoe_titan": "sonicmoe_titan",
+    "sonicmoe_kernels": "kernels/sonicmoe_kernels",
+    "sonicmoe_titan/configs": "configs",
+}
 KERNELS_README = REPOSITORY / "kernels/sonicmoe_kernels/README.md"
 
 
@@ -39,13 +43,13 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_wheel_holds_every_module_of_both_packages_and_nothing_else(wheel: Path) -> None:
+def test_wheel_holds_both_packages_and_the_configurations_and_nothing_else(wheel: Path) -> None:
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {
-        f"{package}/{file.relative_to(REPOSITORY / folder).as_posix()}"
-        for package, folder in PACKAGES.items()
+        f"{installed_as}/{file.relative_to(REPOSITORY / folder).as_posix()}"
+        for installed_as, folder in CONTENTS.items()
         for file in (REPOSITORY / folder).rglob("*")
-        if file.suffix in (".py", ".md")
+        if file.suffix in (".py", ".md", ".toml")
     }
     assert installed == sources
 
