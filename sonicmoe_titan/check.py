@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from sonicmoe_titan.corpus import LOCAL_CORPORA
 from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
 from sonicmoe_titan.model_args import parameter_counts
+from sonicmoe_titan.tokenizer import TextTokenizer
 from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
 
@@ -62,6 +64,7 @@ def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None
     _check_model_on_mesh(config)
     _check_batch(config, num_processes)
     _check_tile(config)
+    _check_vocabulary(config)
     _check_paths(config)
     if config.checkpoint.last_save_in_hf or config.checkpoint.initial_load_in_hf:
         # pyrefly: ignore[missing-attribute]
@@ -218,6 +221,17 @@ def _check_tile(config: SonicTrainer.Config) -> None:
         raise ValueError(
             f"model.rounding_tile = {model.rounding_tile} is more than the {tokens} tokens of a "
             "microbatch: lower it, or raise training.local_batch_size"
+        )
+
+
+def _check_vocabulary(config: SonicTrainer.Config) -> None:
+    tokenizer, entries = config.tokenizer, config.model.vocab_size
+    if not isinstance(tokenizer, TextTokenizer.Config) or config.hf_assets_path:
+        return
+    if tokenizer.source in LOCAL_CORPORA and tokenizer.vocab_size > entries:
+        raise ValueError(
+            f"tokenizer.vocab_size = {tokenizer.vocab_size} is more than model.vocab_size = "
+            f"{entries}: raise model.vocab_size or lower tokenizer.vocab_size"
         )
 
 

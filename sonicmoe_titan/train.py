@@ -15,6 +15,7 @@ from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
 
 USAGE = "usage: torchrun ... -m sonicmoe_titan.train --job.config_file CONFIG [--KEY VALUE ...]"
+USERS_MISTAKES = (ValueError, FileNotFoundError, NotImplementedError)
 OUR_PACKAGES = ("sonicmoe_titan", "sonicmoe_kernels", "torchtitan")
 
 
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
             return _train(argv)
     except Stopped as stopped:
         return _leave(f"stopped by {stopped}")
-    except ValueError as error:
+    except USERS_MISTAKES as error:
         if not _is_users(error):
             raise
         _say(f"error: {' '.join(str(error).split())}")
@@ -81,7 +82,7 @@ def _leave(message: str) -> int:
     os._exit(STOPPED_EXIT_CODE)
 
 
-def _is_users(error: ValueError) -> bool:
+def _is_users(error: Exception) -> bool:
     """Whether our code or TorchTitan refused something, rather than a library failing inside."""
     module = traceback.extract_tb(error.__traceback__)[-1].filename
     return any(f"{os.sep}{package}{os.sep}" in module for package in OUR_PACKAGES)

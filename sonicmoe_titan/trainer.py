@@ -49,6 +49,7 @@ class SonicTrainer(Trainer):
                 f"model.vocab_size = {config.model.vocab_size}: the tokenizer has {entries} "
                 "entries, expected at least as many"
             )
+        self._check_vocabulary()
         # the shapes of a run never change, so neither does what one forward pass weighs
         set_loss_scale(self.model_parts, 1 / self._forward_passes())
         self._account_activations()
@@ -59,6 +60,14 @@ class SonicTrainer(Trainer):
         """As stock, with the positions that the attention needs."""
         input_dict = with_sequence_positions(input_dict, self.model_config)
         return super().post_dataloading_process(input_dict, labels)
+
+    def _check_vocabulary(self) -> None:
+        entries = self.tokenizer.get_vocab_size()
+        if entries > self.config.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {self.config.model.vocab_size}: the tokenizer has {entries} "
+                "entries, give at least as many (a multiple of 128 is fastest)"
+            )
 
     def _forward_passes(self) -> int:
         """Forward passes of one layer in one optimizer step, over all ranks with other tokens."""

@@ -64,6 +64,10 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--hf_assets_path /no/such/place", 'hf_assets_path = "/no/such/place": no such path'),
         ("--checkpoint.initial_load_path /no/such", "checkpoint.initial_load_path"),
         (f"--dump_folder {RUN}/outputs", "run.toml is no folder to write to"),
+        (
+            "--model.vocab_size 512",
+            "tokenizer.vocab_size = 4096 is more than model.vocab_size = 512",
+        ),
         ("--model.expert_dim 20", "model.expert_dim = 20: expected a multiple of 8"),
         ("--model.num_heads 3", "model.num_heads = 3 does not divide model.dim = 128"),
         ("--model.num_kv_heads 3", "model.num_kv_heads = 3 does not divide model.num_heads"),
