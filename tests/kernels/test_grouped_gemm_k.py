@@ -57,6 +57,8 @@ def test_the_product_runs_on_wgmma_without_local_memory(gemm, tmp_path):
     assert code.count("HGMMA") == CONSUMER_LOOPS * HGMMA_PER_STAGE
     assert code.count("LDGSTS.E.BYPASS.128") == tiles.TILE_M * tiles.TILE_K // 8 // 128
     assert code.count("UTMALDG") > 0
+    # The loop over lanes around each TMA and barrier whose operands look different to each lane.
+    assert code.count("BRA.U.ANY") == 0
     assert code.count("UTMASTG") >= gemm.tile.tile_n // tiles.WEIGHT_SLAB
 
 

@@ -270,13 +270,20 @@ class GroupedGemmK:
     def sort_experts(
         self, mOffsets: cute.Tensor, num_experts: Int32, sRows: cute.Tensor, sOrder: cute.Tensor
     ):
-        """Writes sOrder, the experts by rows, longest first. The caller synchronises the block."""
+        """Writes sOrder, the experts by rows, longest first. The caller synchronises the block.
+
+        All threads take every turn, some with an expert that another has too: after a loop whose
+        length differs between threads, the compiler puts each TMA and barrier into a loop over
+        lanes, and the whole kernel is 5% slower (H100, 2026-11-22).
+        """
         thread = cute.arch.thread_idx()[0]
         if num_experts <= WEIGHT_SORTED_EXPERTS:
-            for expert in cutlass.range(thread, num_experts, THREADS):
+            for start in cutlass.range(0, num_experts, THREADS):
+                expert = cutlass.min(start + thread, num_experts - 1)
                 sRows[expert] = mOffsets[expert + 1] - mOffsets[expert]
             cute.arch.sync_threads()
-            for expert in cutlass.range(thread, num_experts, THREADS):
+            for start in cutlass.range(0, num_experts, THREADS):
+                expert = cutlass.min(start + thread, num_experts - 1)
                 sOrder[slot_of(expert, sRows, num_experts)] = Int16(expert)
 
     @cute.jit
