@@ -23,6 +23,7 @@ from tests.titan.tiny import ARGS, TOKENIZER, Result, config, digest, forget_mes
 
 STOCHASTIC = {"router": "token_rounding", "rounding": "stochastic"}
 EVERY_2 = {"interval": 2}
+LOUD = {"init_std": 0.3}  # experts that a loss or a logit notices
 OTHER_SEED = DebugConfig(seed=77)
 
 
@@ -63,10 +64,12 @@ def _exact(folder: Path) -> dict[str, Any]:
 
 
 def _streamed(folder: Path) -> dict[str, Any]:
+    """A streamed corpus, saved in the background while training goes on."""
     dataset = folder / "dataset"
     alone(lambda: (dataset.mkdir(), write_dataset(dataset)))
     loader = TextDataLoader.Config(corpus="c4", dataset_path=str(dataset))
-    run = {"model": STOCHASTIC, "training": {"steps": 4}, "checkpoint": EVERY_2}
+    saving = EVERY_2 | {"async_mode": "async"}
+    run = {"model": STOCHASTIC, "training": {"steps": 4}, "checkpoint": saving}
     run["dataloader"] = loader
     whole = train(config(folder / "streamed", **run))
     stopped = until_step_2(folder / "streamed", folder / "streamed stopped")
@@ -75,14 +78,14 @@ def _streamed(folder: Path) -> dict[str, Any]:
 
 
 def _expert_parallel(folder: Path) -> dict[str, Any]:
-    run = {"training": {"steps": 4}, "checkpoint": EVERY_2}
+    run = {"model": LOUD, "training": {"steps": 4}, "checkpoint": EVERY_2}
     ep2 = train(config(folder / "ep2", parallelism={"expert_parallel_degree": 2}, **run))
     stopped = until_step_2(folder / "ep2", folder / "ep1")
     return {"ep2": ep2, "ep1 resumed": train(config(stopped, **run))}
 
 
 def _degree(folder: Path) -> dict[str, Any]:
-    run = config(folder / "degree 2", training={"steps": 4}, checkpoint=EVERY_2)
+    run = config(folder / "degree 2", model=LOUD, training={"steps": 4}, checkpoint=EVERY_2)
     return {"degree 2": train(run)}
 
 
@@ -91,7 +94,7 @@ def _exported(folder: Path) -> dict[str, Any]:
     last = {"last_save_model_only": True, "last_save_in_hf": True}
     run = config(
         folder / "exported",
-        model={"qk_norm": False},
+        model=LOUD | {"qk_norm": False},
         training={"steps": 2},
         parallelism={"expert_parallel_degree": 2},
         checkpoint={"interval": 100, **last},
@@ -101,7 +104,7 @@ def _exported(folder: Path) -> dict[str, Any]:
     load = {"initial_load_path": str(folder / "exported/checkpoint/step-2")}
     loaded = config(
         folder / "imported",
-        model={"qk_norm": False},
+        model=LOUD | {"qk_norm": False},
         checkpoint={**load, "initial_load_in_hf": True},
         debug=OTHER_SEED,
     ).build()
@@ -174,7 +177,8 @@ def one_rank(folder: Path) -> dict[str, Any]:
     # 2 ranks x 2 sequences were saved: 1 rank x 2 microbatches of 2 goes on from there.
     stopped = until_step_2(two / "degree 2", folder / "degree 1")
     training = {"steps": 4, "global_batch_size": 4}
-    results["degree 1 resumed"] = train(config(stopped, training=training, checkpoint=EVERY_2))
+    run = config(stopped, model=LOUD, training=training, checkpoint=EVERY_2)
+    results["degree 1 resumed"] = train(run)
 
     stopped = until_step_2(two / "streamed", folder / "streamed degree 1")
     loader = TextDataLoader.Config(corpus="c4", dataset_path=str(two / "dataset"))
