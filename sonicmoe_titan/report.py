@@ -35,6 +35,11 @@ def _last(key: str) -> Callable[[Run], float | None]:
     return lambda run: run.last(key)
 
 
+def _last_unless_off(key: str) -> Callable[[Run], float | None]:
+    """A loss that is switched off is logged as 0."""
+    return lambda run: run.last(key) or None
+
+
 def _mean(key: str) -> Callable[[Run], float | None]:
     def mean(run: Run) -> float | None:
         _, values = run.series(key)
@@ -76,8 +81,8 @@ ROWS = (
     Row("rows dropped by rounding", _mean("moe/rows_dropped"), _percent),
     Row("max/mean load, last", _last("moe/max_over_mean_load"), "{:.3f}".format),
     Row("router entropy, last (nats)", _last("moe/router_entropy"), "{:.4f}".format),
-    Row("auxiliary loss, last", _last("moe/aux_loss"), "{:.4f}".format),
-    Row("router z-loss, last", _last("moe/z_loss"), "{:.4f}".format),
+    Row("auxiliary loss, last", _last_unless_off("moe/aux_loss"), "{:.4f}".format),
+    Row("router z-loss, last", _last_unless_off("moe/z_loss"), "{:.4f}".format),
     Row(
         "activations, predicted (GiB)", _last("memory/activations_predicted(GiB)"), "{:.3f}".format
     ),
