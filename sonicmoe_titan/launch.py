@@ -1,5 +1,6 @@
 """`sonicmoe train [CONFIG] [--KEY VALUE ...]`: check a run, then train it with torchrun here."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> int:
         *("-m", "sonicmoe_titan.train"),
         *("--job.config_file", command.config_file, *command.overrides),
     ]
+    # its warnings about a signal say nothing that the processes do not say themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     try:
         torchrun.run(torchrun.get_args_parser().parse_args(arguments))
     except ChildFailedError as error:

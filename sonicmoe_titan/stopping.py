@@ -12,6 +12,9 @@ STOPPED_EXIT_CODE = 130  # what a shell reports for a program that Ctrl-C ended
 class Stopped(BaseException):
     """Somebody asked this process to end; carries the signal's name."""
 
+    is_reported = False
+    """Whether the user has been told."""
+
 
 @contextmanager
 def stop_on_signals() -> Iterator[None]:

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 from torchtitan.observability import structured_logger
@@ -23,16 +24,17 @@ def main(argv: list[str]) -> int:
     """Train one process of the run that `argv` describes.
 
     Returns:
-        0, 2 after an error of the user (one line on stderr), 130 when it was told to stop.
+        0, 2 after an error of the user (one line on stderr; with a traceback when the environment
+        variable SONICMOE_TRACEBACK is set), 130 when it was told to stop.
     """
     init_logger()
     try:
         with stop_on_signals():
             return _train(argv)
     except Stopped as stopped:
-        return _leave(f"stopped by {stopped}")
+        _leave("" if stopped.is_reported else f"stopped by {stopped}")
     except USERS_MISTAKES as error:
-        if not _is_users(error):
+        if not _is_users(error) or os.environ.get("SONICMOE_TRACEBACK"):
             raise
         _say(f"error: {' '.join(str(error).split())}")
         return USERS_ERROR
@@ -61,12 +63,13 @@ def _train(argv: list[str]) -> int:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
-    except Stopped:
+    except Stopped as stopped:
         where = f"at step {trainer.step}"
         if config.checkpoint.enable:
             folder = Path(config.dump_folder) / config.checkpoint.folder
             where += f"; resumes from the last checkpoint in {folder}"
-        _say(f"stopping {where}")
+        _say(f"stopped by {stopped} {where}")
+        stopped.is_reported = True
         raise
     finally:
         trainer.close()
@@ -74,9 +77,10 @@ def _train(argv: list[str]) -> int:
     return 0
 
 
-def _leave(message: str) -> int:
+def _leave(message: str) -> NoReturn:
     """End now: other ranks may be gone, and waiting for them would hang."""
-    _say(message)
+    if message:
+        _say(message)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(STOPPED_EXIT_CODE)

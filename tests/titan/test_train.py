@@ -75,7 +75,9 @@ def test_ctrl_c_ends_in_one_line_and_the_next_run_resumes(tmp_path: Path) -> Non
     output = finish(process)
     assert process.returncode == 130, output
     assert "Traceback" not in output
-    (line,) = re.findall(r"stopping at step (\d+); resumes from the last checkpoint", output)
+    (line,) = re.findall(
+        r"stopped by Ctrl-C at step (\d+); resumes from the last checkpoint", output
+    )
 
     saved = sorted((tmp_path / "checkpoint").glob("step-*/.metadata"))
     last = max(int(path.parent.name.removeprefix("step-")) for path in saved)
