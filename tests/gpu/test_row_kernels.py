@@ -121,3 +121,13 @@ def test_fifty_token_counts_run_one_kernel() -> None:
         if tokens == 1:
             loaded = kernel_cache.load.cache_info().misses
     assert kernel_cache.load.cache_info().misses == loaded
+
+
+def test_wrong_dtypes_and_shapes_are_refused() -> None:
+    problem = make_problem(SMALL_CASES[0], torch.bfloat16)
+    case, w2 = problem.case, problem.inputs.w2_EDF
+    a, y = (torch.zeros(problem.r_max, n, device="cuda").to(w2) for n in (case.F, case.D))
+    kernel = kernel_cache.load(hopper.row_gemm("down", case.D, case.F, case.E, w2.dtype, "swiglu"))
+    for wrong in (a.half(), a[:, 1:].contiguous(), a[1:]):
+        with pytest.raises((TypeError, ValueError), match="Mismatched Tensor"):
+            kernel(wrong, problem.expert_offsets, w2, y, 2)

@@ -74,18 +74,14 @@ def test_a_missing_linker_is_one_clear_error(tmp_path, monkeypatch):
         kernel_cache._link(tmp_path / "k.o", tmp_path / "k.so")
 
 
-def test_a_loaded_kernel_refuses_wrong_dtypes_shapes_and_devices(cache):
+def test_a_loaded_kernel_refuses_other_arguments_before_it_touches_a_gpu(cache):
     kernel = kernel_cache.load(SPEC)
     offsets = torch.zeros(3, dtype=torch.int32)
-    bf16 = {"dtype": torch.bfloat16}
-    rows, weight = torch.zeros(5, 64, **bf16), torch.zeros(2, 64, 64, **bf16)
-    with pytest.raises(Exception, match="dtype"):
-        kernel(rows.half(), offsets, weight, rows, 2)
-    with pytest.raises(Exception, match="shape"):
-        kernel(rows, offsets, torch.zeros(2, 64, 128, **bf16), rows, 2)
-    with pytest.raises(Exception, match="shape"):
-        kernel(rows, torch.zeros(4, dtype=torch.int32), weight, rows, 2)
-    with pytest.raises(Exception, match="device"):
+    rows = torch.zeros(5, 64, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 64, 64, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="Expects 5 parameters"):
+        kernel(rows, offsets, weight)
+    with pytest.raises(ValueError, match="device_type=cuda"):
         kernel(rows, offsets, weight, rows, 2)
 
 
