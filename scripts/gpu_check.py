@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import os
 import statistics
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
-from sonicmoe_kernels import hopper, warmup  # noqa: E402
+from sonicmoe_kernels import warmup  # noqa: E402
 from sonicmoe_kernels.tiles import RowGemm, RowTile, why_illegal  # noqa: E402
 
 from tests.cases import ACTIVATION_CASES, BENCHMARK_CASES, SMALL_CASES, Case  # noqa: E402
@@ -94,29 +95,21 @@ def run_build(arguments: argparse.Namespace) -> int:
 
 def run_one(arguments: argparse.Namespace) -> int:
     """The chosen kernels on one case, in this process."""
-    from tests.gpu.row_kernels import CHECKS, make_problem
+    from tests.gpu.row_kernels import CHECKS, forced_tile, make_problem
 
     torch.backends.cuda.matmul.allow_tf32 = False
     problem = make_problem(
         Case(**ast.literal_eval(arguments.case)), getattr(torch, arguments.dtype)
     )
-    if arguments.tile:
-        use_tile(arguments.kernels, RowTile(**ast.literal_eval(arguments.tile)))
-    for kernel in arguments.kernels.split(","):
-        CHECKS[kernel](problem)
-        print(f"ok {kernel}", flush=True)
+    kernels = arguments.kernels.split(",")
+    with contextlib.ExitStack() as stack:
+        if arguments.tile:
+            tile = RowTile(**ast.literal_eval(arguments.tile))
+            stack.enter_context(forced_tile(kernels[0], tile))
+        for kernel in kernels:
+            CHECKS[kernel](problem)
+            print(f"ok {kernel}", flush=True)
     return 0
-
-
-def use_tile(kernel: str, tile: RowTile) -> None:
-    """Makes the host side launch `kernel` with `tile` instead of what the table picks."""
-    picked = hopper.row_gemm
-
-    def row_gemm(name: str, *facts: object) -> RowGemm:
-        gemm = picked(name, *facts)
-        return dataclasses.replace(gemm, tile=tile) if name == kernel else gemm
-
-    hopper.row_gemm = row_gemm
 
 
 class Step(NamedTuple):
@@ -172,7 +165,7 @@ def variants_of(case: Case, dtype: str) -> list[tuple[str, RowGemm]]:
 
 def run_variants(arguments: argparse.Namespace) -> int:
     """Checks every variant on a small T, then times all in rounds."""
-    from tests.gpu.row_kernels import launchers, make_problem
+    from tests.gpu.row_kernels import forced_tile, launchers, make_problem
 
     named = cases_named(arguments.cases)
     if not arguments.skip_check:
@@ -180,25 +173,21 @@ def run_variants(arguments: argparse.Namespace) -> int:
         small = dataclasses.replace(case, T=min(case.T, 2048))
         steps = [Step(name, small, k, gemm.tile) for k, gemm in variants_of(case, arguments.dtype)]
         run_steps(steps, arguments.dtype)
-    picked = hopper.row_gemm
     for name, case in named:
         problem = make_problem(case, getattr(torch, arguments.dtype))
         calls = {}
         for kernel, gemm in variants_of(case, arguments.dtype):
-            hopper.row_gemm = lambda name, *facts, gemm=gemm: (
-                gemm if name == gemm.kernel else picked(name, *facts)
-            )
-            calls[kernel, gemm] = (hopper.row_gemm, launchers(problem)[kernel].call)
+            with forced_tile(kernel, gemm.tile):
+                calls[kernel, gemm.tile] = launchers(problem)[kernel].call
         times: dict = {key: [] for key in calls}
         for _ in range(arguments.rounds):
-            for key, (pick, call) in calls.items():
-                hopper.row_gemm = pick
-                times[key].append(median_ms(call, arguments.repeats))
-        for (kernel, gemm), measured in times.items():
+            for (kernel, tile), call in calls.items():
+                with forced_tile(kernel, tile):
+                    times[kernel, tile].append(median_ms(call, arguments.repeats))
+        for (kernel, tile), measured in times.items():
             shown = " ".join(f"{ms:.3f}" for ms in measured)
             floor = floor_ms(kernel, case)
-            print(f"{name} {kernel} {shown} (floor {floor:.3f}) {gemm.tile}", flush=True)
-        hopper.row_gemm = picked
+            print(f"{name} {kernel} {shown} (floor {floor:.3f}) {tile}", flush=True)
         del problem, calls
         torch.cuda.empty_cache()
     return 0

@@ -10,6 +10,7 @@ device or reads from it. Rows in [R, R_max) of every tensor stay as they were.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -61,9 +62,12 @@ def row_gemm(
     )
 
 
-def _gemm_of(kernel: RowKernel, w1_EFD: Tensor, activation: str) -> RowGemm:
-    num_experts, f, d = w1_EFD.shape
-    return row_gemm(kernel, d, f, num_experts, w1_EFD.dtype, activation)
+@functools.cache
+def row_kernel(
+    kernel: RowKernel, d: int, f: int, num_experts: int, dtype: torch.dtype, activation: str
+) -> Callable[..., None]:
+    """The loaded kernel that serves these sizes; one look-up a launch."""
+    return kernel_cache.load(row_gemm(kernel, d, f, num_experts, dtype, activation))
 
 
 def up(
@@ -78,7 +82,8 @@ def up(
     activation: str,
 ) -> None:
     """Kernel 1: writes H = X[idx] [W1; W3]^T and A = act(H)."""
-    kernel = kernel_cache.load(_gemm_of("up", w1_EFD, activation))
+    num_experts, f, d = w1_EFD.shape
+    kernel = row_kernel("up", d, f, num_experts, w1_EFD.dtype, activation)
     ctas = _num_ctas(x_TD.device.index)
     kernel(x_TD, token_idx_R, expert_offsets, w1_EFD, w3_EFD, h_RHF, a_RF, ctas)
 
@@ -87,13 +92,15 @@ def down(
     a_RF: Tensor, expert_offsets: Tensor, w2_EDF: Tensor, y_RD: Tensor, *, activation: str
 ) -> None:
     """Kernel 2: writes Y = A W2^T."""
-    kernel = kernel_cache.load(_gemm_of("down", w2_EDF.transpose(1, 2), activation))
+    num_experts, d, f = w2_EDF.shape
+    kernel = row_kernel("down", d, f, num_experts, w2_EDF.dtype, activation)
     kernel(a_RF, expert_offsets, w2_EDF, y_RD, _num_ctas(a_RF.device.index))
 
 
 def dscore_parts(w2_EDF: Tensor, activation: str) -> int:
     """Number of partial sums of dS per row that `d_hidden` writes."""
-    return _gemm_of("d_hidden", w2_EDF.transpose(1, 2), activation).n_tiles
+    num_experts, d, f = w2_EDF.shape
+    return row_gemm("d_hidden", d, f, num_experts, w2_EDF.dtype, activation).n_tiles
 
 
 def d_hidden(
@@ -110,7 +117,8 @@ def d_hidden(
     activation: str,
 ) -> None:
     """Kernel 4: writes dH (which may be H itself), A' = s A and dS in parts (parts, R_max)."""
-    kernel = kernel_cache.load(_gemm_of("d_hidden", w2_EDF.transpose(1, 2), activation))
+    num_experts, d, f = w2_EDF.shape
+    kernel = row_kernel("d_hidden", d, f, num_experts, w2_EDF.dtype, activation)
     kernel(
         dout_TD,
         token_idx_R,
@@ -135,7 +143,8 @@ def d_input_rows(
     activation: str,
 ) -> None:
     """Kernel 6: writes dX~ = dH [W1; W3]."""
-    kernel = kernel_cache.load(_gemm_of("d_input", w1_EFD, activation))
+    num_experts, f, d = w1_EFD.shape
+    kernel = row_kernel("d_input", d, f, num_experts, w1_EFD.dtype, activation)
     kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, _num_ctas(dh_RHF.device.index))
 
 

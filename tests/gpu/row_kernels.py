@@ -9,12 +9,15 @@ and a second run gives the same bits. dS (fp32) has the per-expert bound only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from sonicmoe_kernels import hopper
 from sonicmoe_kernels.activations import get_activation
+from sonicmoe_kernels.tiles import RowGemm, RowKernel, RowTile
 from torch import Tensor
 
 from tests.cases import Case, Inputs, make_inputs, make_plan
@@ -29,6 +32,24 @@ from tests.oracle import (
 GARBAGE_ROWS = 300
 GARBAGE_TOKEN = 2**30  # reading it as a row faults
 KERNELS = ("up", "down", "d_hidden", "d_input")
+
+
+@contextmanager
+def forced_tile(kernel: str, tile: RowTile) -> Iterator[None]:
+    """Launches `kernel` with `tile` instead of what the table picks."""
+    picked = hopper.row_gemm
+
+    def row_gemm(name: RowKernel, *facts: Any) -> RowGemm:
+        gemm = picked(name, *facts)
+        return dataclasses.replace(gemm, tile=tile) if name == kernel else gemm
+
+    hopper.row_gemm = row_gemm
+    hopper.row_kernel.cache_clear()
+    try:
+        yield
+    finally:
+        hopper.row_gemm = picked
+        hopper.row_kernel.cache_clear()
 
 
 class Problem(NamedTuple):

@@ -13,7 +13,14 @@ from sonicmoe_kernels.backends import HOPPER_CAPABILITY
 from sonicmoe_kernels.tiles import ROW_TILES, RowGemm, RowTile, why_illegal
 
 from tests.cases import ACTIVATION_CASES, ROUTINGS, SMALL_CASES, Case
-from tests.gpu.row_kernels import CHECKS, KERNELS, launchers, make_problem, same_bits
+from tests.gpu.row_kernels import (
+    CHECKS,
+    KERNELS,
+    forced_tile,
+    launchers,
+    make_problem,
+    same_bits,
+)
 
 # Widths that fill no tile, an odd number of n tiles, and more n tiles than one cluster takes.
 WIDTHS = ((64, 64), (192, 192), (128, 320), (320, 128), (768, 256), (1536, 256))
@@ -58,14 +65,12 @@ def _tiles() -> list[tuple[str, RowTile]]:
 
 
 @pytest.mark.parametrize(("kernel", "tile"), _tiles(), ids=str)
-def test_every_tile_of_the_table_is_right(
-    kernel: str, tile: RowTile, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_tile_of_the_table_is_right(kernel: str, tile: RowTile) -> None:
     case = Case(2000, 768, 256, E=24, K=3, routing="tile_edges")
     gemm = RowGemm(kernel, case.D, case.F, case.E, "bfloat16", case.activation, tile)
     assert why_illegal(gemm) is None
-    monkeypatch.setattr(hopper, "row_gemm", lambda *facts: gemm)
-    CHECKS[kernel](make_problem(case, torch.bfloat16))
+    with forced_tile(kernel, tile):
+        CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
