@@ -93,17 +93,10 @@ class SonicRoutedExperts(RoutedExperts):
         Returns:
             (B, L, D) in the dtype of x.
         """
-        x_TD = x_BLD.flatten(0, 1)
-        plan = self._plan(
-            topk_expert_ids_BLK.flatten(0, 1),
-            topk_scores_BLK.flatten(0, 1),
-            scores_BLE.flatten(0, 1),
-        )
-        w1, w3, w2 = self.inner_experts.local_weights(x_TD.dtype)
-
+        x_TD, count_E = x_BLD.flatten(0, 1), num_local_tokens_per_expert_E
+        ids_TK, scores_TK = topk_expert_ids_BLK.flatten(0, 1), topk_scores_BLK.flatten(0, 1)
         counting = self.training and first_pass()
-        if counting:
-            self.stats.add_rows(num_local_tokens_per_expert_E, plan.expert_offsets)
+        w1, w3, w2 = self.inner_experts.local_weights(x_TD.dtype)
 
         def experts(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
             if counting:
@@ -111,10 +104,15 @@ class SonicRoutedExperts(RoutedExperts):
             return moe_experts(x_TD, w1, w3, w2, plan, backend=self.config.backend)
 
         if isinstance(self.token_dispatcher, FIXED_TOP_K_DISPATCHERS):
-            out_TD = self._through_dispatcher(
-                x_TD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E, experts
-            )
-        elif self.ep_group is None:
+            if counting:
+                self.stats.add_rows(count_E, _offsets(count_E))
+            out_TD = self._through_dispatcher(x_TD, scores_TK, ids_TK, count_E, experts)
+            return out_TD.view_as(x_BLD)
+
+        plan = self._plan(ids_TK, scores_TK, scores_BLE.flatten(0, 1))
+        if counting:
+            self.stats.add_rows(count_E, plan.expert_offsets)
+        if self.ep_group is None:
             out_TD = experts(x_TD, plan)
         else:
             out_TD = expert_parallel(
@@ -135,15 +133,9 @@ class SonicRoutedExperts(RoutedExperts):
         )
 
     def _through_dispatcher(
-        self,
-        x_TD: Tensor,
-        scores_BLK: Tensor,
-        ids_BLK: Tensor,
-        count_E: Tensor,
-        experts: Experts,
+        self, x_TD: Tensor, scores_TK: Tensor, ids_TK: Tensor, count_E: Tensor, experts: Experts
     ) -> Tensor:
         """Let TorchTitan's dispatcher move, weigh and combine; it hands over expert-major rows."""
-        scores_TK, ids_TK = scores_BLK.flatten(0, 1), ids_BLK.flatten(0, 1)
         x_RD, count_e, metadata = self.token_dispatcher.dispatch(x_TD, scores_TK, ids_TK, count_E)
         plan = _plan_of_rows(count_e, x_RD.shape[0])
         return self.token_dispatcher.combine(experts(x_RD, plan), metadata, x_TD)
@@ -157,9 +149,14 @@ class SonicRoutedExperts(RoutedExperts):
         self.ep_group = None if ep_mesh is None else ep_mesh.get_group()
 
 
+def _offsets(count_E: Tensor) -> Tensor:
+    """(E + 1,) int32, where each expert's rows start."""
+    return F.pad(count_E.cumsum(0, dtype=torch.int32), (1, 0))
+
+
 def _plan_of_rows(count_e: Tensor, num_rows: int) -> RoutingPlan:
     """Every row is a token of its own, of score 1; the first count_0 go to expert 0 and so on."""
-    offsets = F.pad(count_e.cumsum(0, dtype=torch.int32), (1, 0))
+    offsets = _offsets(count_e)
     row_R1 = torch.arange(num_rows + 1, device=count_e.device, dtype=torch.int32)
     return RoutingPlan(
         token_idx_R=row_R1[:-1],

@@ -8,7 +8,11 @@ from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 
 class SonicSelectiveAC(SelectiveAC):
-    """TorchTitan's policy; the experts are kept too, and no collective of the block runs twice."""
+    """TorchTitan's policy; the experts are kept too, and no collective of the block runs twice.
+
+    What is kept beside the plain block's own: the experts' output and, under expert parallelism,
+    the rows that came back, because the policy keeps whole results of an operator.
+    """
 
     @dataclass(kw_only=True, slots=True)
     class Config(SelectiveAC.Config):

@@ -1,19 +1,16 @@
 """What the MoE block's tests train: one launch per number of ranks, shared by all test files."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from torchtitan.config import OverrideConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
 from tests.titan import aux_loss_ranks, expert_parallel_ranks, probes
-from tests.titan.distributed import ARGS, Run, launch
+from tests.titan.distributed import Run, launch
 
 # Every layout gets four sequences a step, in whatever shares.
-ARGS_ROUNDING_TILE = ARGS.rounding_tile
 WHOLE = {"local_batch_size": 4}
 SINGLE = {"local_batch_size": 1}  # TorchTitan's pipeline microbatch
 HALF = {"local_batch_size": 2}
@@ -109,11 +106,9 @@ FOUR: Runs = {
 _LAUNCHES = {1: ONE, 2: TWO, 4: FOUR}
 
 
-def results(ranks: int, factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+def results(ranks: int, shared_folder: Path) -> dict[str, list[Any]]:
     """Results of all runs on `ranks` processes, trained once per test session."""
-    base = factory.getbasetemp()
-    session: Path = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return launch(_LAUNCHES[ranks], ranks=ranks, folder=session / f"block{ranks}")
+    return launch(_LAUNCHES[ranks], ranks=ranks, folder=shared_folder / f"block{ranks}")
 
 
 def failed(result: Any) -> str:

@@ -8,18 +8,18 @@ from tests.titan.block_runs import results, succeeded
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return results(1, tmp_path_factory)
+def one(shared_folder):
+    return results(1, shared_folder)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return results(2, tmp_path_factory)
+def two(shared_folder):
+    return results(2, shared_folder)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return results(4, tmp_path_factory)
+def four(shared_folder):
+    return results(4, shared_folder)
 
 
 def test_injection_is_exact_on_two_ranks_with_gradient_accumulation(two):

@@ -15,18 +15,18 @@ BFLOAT16 = 1e-3
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return results(1, tmp_path_factory)
+def one(shared_folder):
+    return results(1, shared_folder)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return results(2, tmp_path_factory)
+def two(shared_folder):
+    return results(2, shared_folder)
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    return results(4, tmp_path_factory)
+def four(shared_folder):
+    return results(4, shared_folder)
 
 
 def assert_same_losses(actual, expected, *, relative):

@@ -14,8 +14,8 @@ A_LAYER = 8
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return results(2, tmp_path_factory)
+def two(shared_folder):
+    return results(2, shared_folder)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ def test_a_fixed_top_k_dispatcher_moves_the_tokens_for_our_experts(monkeypatch):
     )
     assert_close(differentiate(dispatched, batch()), expected)
     assert called
+    assert torch.equal(dispatched.stats.values_V, ours.stats.values_V)
+    assert torch.equal(dispatched.stats.load_E, ours.stats.load_E)
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats
-from tests.titan.block_runs import ARGS_ROUNDING_TILE, results, succeeded
+from tests.titan.block_runs import results, succeeded
+from tests.titan.distributed import ARGS
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return results(1, tmp_path_factory)
+def one(shared_folder):
+    return results(1, shared_folder)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return results(2, tmp_path_factory)
+def two(shared_folder):
+    return results(2, shared_folder)
 
 
 def layers_of(result):
@@ -66,7 +67,7 @@ def test_recomputation_counts_nothing(one, name):
 
 def test_rounding_shows_in_load_and_leaves_the_preferences(one):
     for layer in layers_of(one["rounding"][0]):
-        assert all(rows % ARGS_ROUNDING_TILE == 0 for rows in layer["load"])
+        assert all(rows % ARGS.rounding_tile == 0 for rows in layer["load"])
         assert sum(layer["chosen"]) == 3 * 4 * 64 * 2
         change = sum(layer["load"]) - sum(layer["chosen"])
         assert change == layer["rows_added"] - layer["rows_dropped"]
