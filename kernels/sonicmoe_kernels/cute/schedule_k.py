@@ -18,6 +18,12 @@ from cutlass import Constexpr, Int32
 
 
 @cute.jit
+def expert_of_turn(start: Int32, thread: Int32, num_experts: Int32) -> Int32:
+    """The expert a thread sorts in the turn from `start` on; surplus threads repeat the last."""
+    return cutlass.min(start + thread, num_experts - 1)
+
+
+@cute.jit
 def slot_of(expert: Int32, mRows: cute.Tensor, num_experts: Int32) -> Int32:
     """The expert's place when experts are ordered by rows, longest first, then by number."""
     rows = mRows[expert]
