@@ -29,7 +29,7 @@ from torchtitan.tools.logging import logger
 
 from sonicmoe_titan.routing_metrics import gather_stats, routing_metrics
 from sonicmoe_titan.runlog import RunLog, run_header, write_load
-from sonicmoe_titan.stats import KERNEL_TILE_ROWS
+from sonicmoe_titan.stats import KERNEL_TILE_ROWS, collect
 from sonicmoe_titan.throughput import Throughput
 
 WANDB_PROJECT = "sonicmoe-titan"
@@ -83,6 +83,7 @@ class SonicMetrics(MetricsProcessor):
         if config.enable_wandb:
             _prepare_wandb()
         self._is_reporter = False
+        self._steps_begun = 0
         self._folder = Path(dump_folder)
         super().__init__(config, dump_folder=dump_folder, config_dict=config_dict, **kwargs)
         run = config_dict or {}
@@ -125,7 +126,12 @@ class SonicMetrics(MetricsProcessor):
         return loggers
 
     def should_log(self, step: int) -> bool:
+        """Whether to log after this step; the trainer asks before each one, on every rank."""
         self.throughput.begin_step(step)
+        self._steps_begun += 1
+        if self._steps_begun == 2 and self.parallel_dims.pp_enabled:
+            for _, stats in collect(self.model_parts or []):
+                stats.reset()
         return super().should_log(step)
 
     def log(
@@ -199,7 +205,8 @@ class SonicMetrics(MetricsProcessor):
     def _routing_metrics(self, step: int) -> dict[str, float]:
         device = torch.device(utils.device_type)
         gathered = gather_stats(self.model_parts or [], device)
-        if gathered is None:
+        # In its first step a pipeline also sends uninitialised tensors through, to learn shapes.
+        if gathered is None or (self._steps_begun == 1 and self.parallel_dims.pp_enabled):
             return {}
         if self._is_reporter:
             write_load(self._folder, gathered.load_LE.tolist(), step=step)

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sonicmoe_titan.metrics import SonicMetrics, _console_line
 from sonicmoe_titan.routing_metrics import Gathered, routing_metrics
 from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
 from sonicmoe_titan.stats import RouterStats
+from sonicmoe_titan.throughput import Throughput
 from tests.titan import tiny
 from tests.titan.metrics_scenarios import (
     gather_and_train,
@@ -210,3 +212,30 @@ def test_run_config_is_recorded_without_the_model_spec(logged: tuple[Run, int]) 
     assert json.dumps(run.header)
     assert run.header["num_devices"] == 2
     assert tiny.ARGS.num_experts == config["model"]["num_experts"]
+
+
+def _of_a_pipeline(part: torch.nn.Module) -> SonicMetrics:
+    metrics = SonicMetrics.__new__(SonicMetrics)
+    metrics.config = SonicMetrics.Config(log_freq=10)
+    metrics.parallel_dims = SimpleNamespace(pp_enabled=True)
+    metrics.throughput = Throughput(num_gpus=1, warmup_steps=0)
+    metrics.model_parts, metrics._steps_begun, metrics._is_reporter = [part], 0, False
+    return metrics
+
+
+def test_tensors_that_teach_a_pipeline_its_shapes_are_not_counted() -> None:
+    part = model_with_stats([0], seed=1)
+    stats = part.layers["0"].moe.stats
+    stats.values_V.fill_(float("nan"))
+    metrics = _of_a_pipeline(part)
+    assert metrics.should_log(1)
+    assert metrics._routing_metrics(1) == {}
+
+    stats.values_V.fill_(float("nan"))
+    resumed = _of_a_pipeline(part)
+    assert not resumed.should_log(11)
+    assert not resumed.should_log(12)
+    assert not stats.values_V.any()
+    stats.values_V.fill_(1.0)
+    assert resumed.should_log(20)
+    assert resumed._routing_metrics(20)["moe/router_entropy"] == 1.0
