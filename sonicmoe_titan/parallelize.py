@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -16,6 +17,8 @@ from torchtitan.models.qwen3.parallelize import parallelize_qwen3
 from sonicmoe_titan.moe import SonicRoutedExperts
 from sonicmoe_titan.router import SonicRouter
 from sonicmoe_titan.selective_ac import SonicSelectiveAC
+
+SEEDS_PER_SHARD = 1 << 20  # pipeline stages already use the seeds that follow the run's own
 
 
 def parallelize_decoder(
@@ -49,7 +52,21 @@ def parallelize_decoder(
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
+        _draw_shards_apart(parallel_dims)
     return model
+
+
+def _draw_shards_apart(parallel_dims: ParallelDims) -> None:
+    """Give every shard a seed of its own before the weights are drawn; replicas share theirs.
+
+    DTensor draws one tensor over all its shards on a GPU. On a CPU it draws each shard from the
+    rank's generator: from equal seeds, half of the experts would be copies of the other half, and
+    two copies are always chosen together, so that the router would learn nothing.
+    """
+    batch, cp = (parallel_dims.get_optional_mesh(axis) for axis in ("batch", "cp"))
+    shard = 0 if batch is None else batch.get_local_rank() % parallel_dims.dp_shard
+    shard = shard * parallel_dims.cp + (0 if cp is None else cp.get_local_rank())
+    torch.manual_seed(torch.initial_seed() + SEEDS_PER_SHARD * shard)
 
 
 def _check_redispatch(
