@@ -1,1 +1,1 @@
-"""SonicMoE kernels and routing for PyTorch. Importing this compiles nothing and initialises no CUDA."""
+"""SonicMoE kernels and routing for PyTorch: importing compiles nothing and initialises no CUDA."""
