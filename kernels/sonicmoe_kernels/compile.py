@@ -28,7 +28,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
+
+from sonicmoe_kernels.tiles import Aggregation, RowGemm, WeightGemm
 
 __all__ = ["KernelSpec", "build", "cache_dir", "load", "object_path", "prepare_dsl"]
 
@@ -44,11 +46,8 @@ SCHEMA = 1  # raise it when objects of old are called differently
 _compiler = threading.Lock()  # MLIR is not thread-safe
 
 
-class KernelSpec(Protocol):
-    """A frozen dataclass of plain values."""
-
-    builder: ClassVar[str]  # "module:function"; function(spec) returns the compiled kernel
-    kernel: str
+# Frozen dataclasses of plain values; each names its `kernel` and the `builder` that compiles it.
+KernelSpec = RowGemm | WeightGemm | Aggregation
 
 
 def cache_dir() -> Path:
@@ -75,8 +74,9 @@ def _imports(source: str) -> set[str]:
     """Modules of this package that a module imports, as paths below it without suffix."""
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):
-            below = node.module.removeprefix(PACKAGE).removeprefix(".")
+        module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+        if isinstance(node, ast.ImportFrom) and module.startswith(PACKAGE):
+            below = module.removeprefix(PACKAGE).removeprefix(".")
             found |= {below, *(f"{below}.{alias.name}".strip(".") for alias in node.names)}
     return {name.replace(".", "/") for name in found}
 
@@ -101,7 +101,7 @@ def _sources_hash(builder: str) -> str:
 
 def _stem(spec: KernelSpec, arch: str) -> str:
     code = _sources_hash(spec.builder)
-    values = dataclasses.asdict(spec)  # type: ignore[call-overload]
+    values = dataclasses.asdict(spec)
     facts = [SCHEMA, arch, type(spec).__name__, values, code]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"{spec.kernel}-{digest[:24]}"

@@ -169,7 +169,7 @@ PLAIN_TILES = (
     RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     RowTile(64, 4, epi_n=64, epi_sets=1),
 )
-ROW_TILES: dict[str, tuple[RowTile, ...]] = {
+ROW_TILES: dict[RowKernel, tuple[RowTile, ...]] = {
     "up": (
         RowTile(256, 4),
         RowTile(128, 4),
