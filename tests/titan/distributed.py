@@ -356,7 +356,7 @@ def _main(folder: Path) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=ranks,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
     outcomes = {}
     for name, run in torch.load(folder / "runs.pt", weights_only=False).items():
