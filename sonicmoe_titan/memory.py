@@ -77,8 +77,9 @@ def main(argv: list[str]) -> int:
         layout = layout_of(config, num_gpus=given.gpus)
         expected = shape_of(config, layout, load="expected")
         bound = shape_of(config, layout, load="bound")
-        items = rank_items(config, layout, load="bound")
+        items = rank_items(config, layout, load="expected")
         fit, needed = fits(items, given.gpu)
+        worst_fits, worst = fits(rank_items(config, layout, load="bound"), given.gpu)
         compared = [] if given.no_measure else _measure(expected, config, tokens=given.tokens)
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -86,6 +87,14 @@ def main(argv: list[str]) -> int:
 
     console = Console()
     console.print(_layer_table(config, layout, expected, bound))
+    kept, unchecked = (
+        total(layer_terms(expected, policy)) for policy in (checkpointing_of(config), "none")
+    )
+    if kept > unchecked:
+        console.print(
+            f"[yellow]note[/]: without activation checkpointing a layer would keep less "
+            f"({_size(unchecked)} MiB): selective keeps what collectives and experts return\n"
+        )
     if config.compile.enable:
         console.print("These are eager PyTorch's; torch.compile keeps less between fused parts.\n")
     console.print(_peak_table(expected))
@@ -102,6 +111,11 @@ def main(argv: list[str]) -> int:
             f"[bold red]warning[/]: {needed:.1f} GiB do not fit {given.gpu} ({GPUS[given.gpu]} "
             "GiB): shard over more GPUs, lower training.local_batch_size, or turn on "
             "activation checkpointing"
+        )
+    elif not worst_fits:
+        console.print(
+            f"[yellow]note[/]: if the routing sent every token to one rank's experts, that rank "
+            f"would need {worst:.1f} GiB, more than {given.gpu} has"
         )
     return 0 if fit else 1
 

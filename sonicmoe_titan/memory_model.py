@@ -262,8 +262,10 @@ def layer_terms(shape: LayerShape, checkpointing: Checkpointing = "none") -> lis
     if shape.on_gpu:
         terms.append(Term("attention", "output", "T N H", b * T * N * H))
         terms.append(Term("attention", "log-sum-exp", "T N", FP32 * T * N))
-    if shape.expert_parallel > 1 and not args.redispatch_x:
+    if shape.expert_parallel > 1:  # what each all-to-all returned
         received = b * shape.received_tokens * args.dim
+        pairs = (INT64 + FP32) * shape.rows
+        terms.append(Term("dispatch", "pairs and scores received", "R int64, R", pairs))
         terms.append(Term("dispatch", "X received", "T D", received))
         terms.append(Term("dispatch", "output sent back", "T D", received))
     terms += [

@@ -283,6 +283,22 @@ def test_command_warns_of_a_model_that_does_not_fit(
     assert "do not fit h100-80gb" in " ".join(capsys.readouterr().out.split())
 
 
+def test_command_notes_checkpointing_that_costs_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under expert parallelism selective checkpointing keeps every row that travelled."""
+    moe_7b = CONFIGS / "moe_7b.toml"
+    base = ["memory", str(moe_7b), "--no-measure", "--out", str(tmp_path)]
+    ep = ["--training.disable_cuda_graphs", "true", "--parallelism.expert_parallel_degree", "8"]
+    note = "without activation checkpointing a layer would keep less"
+    assert sonicmoe(base) == 0
+    assert note not in " ".join(capsys.readouterr().out.split())
+    assert sonicmoe([*base, *ep]) == 1
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert sonicmoe([*base, *ep, "--activation_checkpoint", "none"]) == 0
+    assert "if the routing sent every token" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
