@@ -90,3 +90,17 @@ def test_two_processes_that_want_one_object_build_it_once(tmp_path, monkeypatch)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         first, second = pool.map(kernel_cache.build, [SPEC, SPEC])
     assert first == second and len(list(tmp_path.glob("down-*.so"))) == 1
+
+
+def test_an_object_depends_on_the_modules_its_builder_imports_and_no_others():
+    source = (
+        "import sonicmoe_kernels_of_others\n"
+        "from sonicmoe_kernels.cute import gather, schedule\n"
+        "from sonicmoe_kernels.tiles import RowGemm\n"
+        "from torch import Tensor\n"
+    )
+    assert kernel_cache._imports(source) >= {"cute/gather", "cute/schedule", "tiles"}
+    assert not any("Tensor" in name or "others" in name for name in kernel_cache._imports(source))
+    rows = kernel_cache._sources_hash("sonicmoe_kernels.cute.build_rows:build")
+    sums = kernel_cache._sources_hash("sonicmoe_kernels.cute.build_aggregate:build")
+    assert rows != sums
