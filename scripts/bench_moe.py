@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,16 +37,23 @@ from tests.cases import BENCHMARK_CASES, Case  # noqa: E402
 IMPLEMENTATIONS = ("sonicmoe", "torch", "official", "liger")
 NAME = "moe_layer_h100"
 STEP_FLOPS = 18  # times T K D F, forward and backward
-# GPU kernel names of ours to the eight kernels' names, first match wins.
+
+
+class OurKernel(NamedTuple):
+    """How the profiler names a kernel of ours, and the steps of roofline.py it serves."""
+
+    symbol: str
+    steps: tuple[str, ...]
+
+
+# One symbol serves both weight gradients, and one both aggregations.
 OUR_KERNELS = {
-    "up": r"upUp_object",
-    "down": r"downDown_object",
-    "d_hidden": r"DHidden",
-    "d_input": r"DInput",
-    "d_weight2": r"DWeight2",
-    "d_weight13": r"DWeight13",
-    "aggregate_out": r"AggregateOut",
-    "aggregate_dx": r"AggregateDx",
+    "up": OurKernel("upUp_object", ("up",)),
+    "down": OurKernel("downDown_object", ("down",)),
+    "d_hidden": OurKernel("d_hiddenDHidden_object", ("d_hidden",)),
+    "d_input": OurKernel("d_inputDInput_object", ("d_input",)),
+    "d_weights": OurKernel("GroupedGemmK_object", ("d_weight2", "d_weight13")),
+    "aggregate": OurKernel("Aggregate_object", ("aggregate_out", "aggregate_dx")),
 }
 
 
@@ -81,10 +89,14 @@ class WorkerProcess:
 def per_kernel(kernels: dict[str, float], case: Case) -> dict[str, dict[str, float]]:
     """Measured and floor milliseconds by our kernel names; what matches none is 'other'."""
     floors = roofline.kernels(case.T, case.D, case.F, case.E, case.K)
-    table = {name: {"ms": 0.0, "floor_ms": work.floor_ms} for name, work in floors.items()}
+    table = {
+        name: {"ms": 0.0, "floor_ms": sum(floors[step].floor_ms for step in ours.steps)}
+        for name, ours in OUR_KERNELS.items()
+    }
     table["other"] = {"ms": 0.0, "floor_ms": 0.0}
     for kernel, ms in kernels.items():
-        match = (name for name, regex in OUR_KERNELS.items() if re.search(regex, kernel))
+        symbol = re.sub(r"\W", "", kernel)
+        match = (name for name, ours in OUR_KERNELS.items() if ours.symbol in symbol)
         table[next(match, "other")]["ms"] += ms
     return table
 
