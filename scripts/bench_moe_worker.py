@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from tests.cases import Case, Inputs, make_inputs, make_plan
+from tests.saved_bytes import saved_bytes
 
 PROFILED_STEPS = 5
 HOST_STEPS = 20
@@ -100,22 +100,6 @@ def build(name: str, case: Case, inputs: Inputs) -> Run:
     if name in ("sonicmoe", "torch"):
         return _ours(case, inputs, "hopper" if name == "sonicmoe" else "torch")
     return {"official": _official, "liger": _liger}[name](case, inputs)
-
-
-def _saved_bytes(run: Run) -> int:
-    """Bytes autograd keeps, each storage once, without the weights."""
-    skipped = {w.untyped_storage().data_ptr() for w in run.weights}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in skipped:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda t: t):
-        run.forward()
-    return sum(kept.values())
 
 
 def _peak_bytes(run: Run) -> int:
@@ -207,7 +191,7 @@ class Worker:
             "kernels": kernels,
             "kernel_ms": sum(kernels.values()),
             "host_us": _host_us(run),
-            "saved_bytes": _saved_bytes(run),
+            "saved_bytes": saved_bytes(run.forward, run.weights),
             "peak_bytes": _peak_bytes(run),
         }
 

@@ -13,6 +13,7 @@ from sonicmoe_kernels.routing import RoutingPlan
 
 from tests.cases import ACTIVATION_CASES, SMALL_CASES, Case, make_inputs, make_plan
 from tests.oracle import check_experts, convert
+from tests.saved_bytes import saved_bytes
 
 CASE = SMALL_CASES[0]
 EDGES = SMALL_CASES[-1]
@@ -161,23 +162,6 @@ def test_gradcheck_in_fp64(activation: str) -> None:
     assert torch.autograd.gradcheck(run, (*leaves, score_P))
 
 
-def _saved_bytes(run: Callable[[], torch.Tensor], ignore: list[torch.Tensor]) -> int:
-    """Bytes that autograd keeps, each storage once, without those of `ignore`."""
-    skipped = {t.untyped_storage().data_ptr() for t in ignore}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in skipped:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        out = run()
-    assert out.requires_grad
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("case", [SMALL_CASES[0], SMALL_CASES[-1]], ids=lambda case: case.name)
 def test_backward_keeps_x_h_and_the_plan_and_nothing_else(case: Case) -> None:
     inputs = convert(make_inputs(case), dtype=torch.bfloat16)
@@ -186,7 +170,7 @@ def test_backward_keeps_x_h_and_the_plan_and_nothing_else(case: Case) -> None:
     rows = plan.r_max
     expected = 2 * case.T * case.D + 2 * rows * 2 * case.F
     expected += 4 * (3 * rows + case.E + 1 + case.T + 1)
-    assert _saved_bytes(lambda: moe_experts(x, *weights, plan), weights) == expected
+    assert saved_bytes(lambda: moe_experts(x, *weights, plan), weights) == expected
 
 
 def test_without_gradients_no_pre_activation_is_kept() -> None:
