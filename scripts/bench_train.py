@@ -46,6 +46,7 @@ PROXY = {
     "metrics.report": False,
     "model.aux_loss_coeff": 0,
     "model.z_loss_coeff": 0,
+    "model.load_balance_coeff": 1e-3,  # the balancing that stock has: without any, routing collapses
 }
 MODES = {
     "eager": {"compile.enable": False, "training.disable_cuda_graphs": True},
