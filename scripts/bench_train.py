@@ -3,12 +3,14 @@
 
     python scripts/bench_train.py speed --out docs/benchmarks
     python scripts/bench_train.py losses --out docs/benchmarks
+    python scripts/bench_train.py profile --modes compiled+graphs --blocks sonic --routing forced
 
 The proxy is configs/moe_7b.toml with fewer layers. `speed` alternates rounds of short runs: both
 blocks, eager and compiled, with and without CUDA graphs, natural and forced-balanced routing; same
 data, loss, optimizer, metrics; no activation checkpointing, no auxiliary losses (stock has none).
 `losses` trains the backends hopper and torch from one seed, and torch again from weights that
-differ in their last bits: what rounding alone does to a loss curve.
+differ in their last bits: what rounding alone does to a loss curve. `profile` traces one step of
+each combination and sums its GPU time by kind of kernel.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -46,7 +49,7 @@ PROXY = {
     "metrics.report": False,
     "model.aux_loss_coeff": 0,
     "model.z_loss_coeff": 0,
-    "model.load_balance_coeff": 1e-3,  # the balancing that stock has: without any, routing collapses
+    "model.load_balance_coeff": 1e-3,  # stock's balancing; without any, routing collapses
 }
 MODES = {
     "eager": {"compile.enable": False, "training.disable_cuda_graphs": True},
@@ -66,6 +69,18 @@ LOSS_RUNS = {
     "hopper": {"model.backend": "hopper"},
     "torch": {"model.backend": "torch"},
     "torch, other rounding": {"model.backend": "torch", "model.init_std": 0.0200001},
+}
+# Kinds of GPU work by what its name contains; the first match counts.
+KINDS = {
+    "experts: grouped GEMMs": r"GroupedGemm|cute(up|down|d_hidden|d_input|grouped)|GroupProblem",
+    "experts: aggregation": r"cuteaggregate|Aggregate_object",
+    "routing": r"cutetopk|cuteplan|cutemember|cuteround|[Ss]ort|[Ss]can|[Tt]op[Kk]|searchsorted",
+    "attention": r"flash|fmha|sdpa|attention",
+    "optimizer, gradient norm": r"multi_tensor|adam|lpnorm",
+    "other GEMMs": r"nvjet|gemm|xmma|cublas|splitK",
+    "compiled pointwise": r"triton_",
+    "collectives": r"nccl",
+    "copies": r"Memcpy|Memset|copy|fill|FillFunctor|CatArray|split_with",
 }
 
 
@@ -298,6 +313,48 @@ def draw_losses(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def profile(arguments: argparse.Namespace) -> None:
+    """Milliseconds of GPU time by kind and by kernel for one step of each combination."""
+    shared = steps(arguments, sequences=6) | {
+        "profiler.enable_profiling": True,
+        "profiler.profile_freq": arguments.steps,
+    }
+    for routing in arguments.routing:
+        for mode in arguments.modes:
+            for block in arguments.blocks:
+                options = shared | BLOCKS[block] | MODES[mode] | ROUTINGS[routing]
+                run = Run({"block": block, "mode": mode, "routing": routing}, options)
+                train(run, arguments.work, arguments.timeout)
+                traces = sorted((arguments.work / run.name).glob("profiling/traces/**/*.json*"))
+                if traces:
+                    text = profile_table(json.loads(traces[-1].read_text())["traceEvents"])
+                    (arguments.out / f"profile_{run.name}.txt").write_text(text)
+                    print(f"== {run.name}\n{text}", flush=True)
+
+
+def profile_table(events: list[dict]) -> str:
+    """GPU milliseconds of a trace by kind, and its longest kernels."""
+    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    begin = min(e["ts"] for e in work)
+    busy, end = 0.0, begin
+    for event in sorted(work, key=lambda e: e["ts"]):
+        stop = event["ts"] + event["dur"]
+        busy += max(0.0, stop - max(end, event["ts"]))
+        end = max(end, stop)
+    kinds: dict[str, float] = {}
+    kernels: dict[str, list[float]] = {}
+    for event in work:
+        matches = (kind for kind, pattern in KINDS.items() if re.search(pattern, event["name"]))
+        kind = next(matches, "other")
+        kinds[kind] = kinds.get(kind, 0.0) + event["dur"] / 1e3
+        kernels.setdefault(event["name"], []).append(event["dur"] / 1e3)
+    lines = [f"span {(end - begin) / 1e3:.2f} ms, idle {(end - begin - busy) / 1e3:.2f} ms"]
+    lines += [f"{ms:9.2f} ms  {kind}" for kind, ms in sorted(kinds.items(), key=lambda i: -i[1])]
+    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:40]
+    lines += [f"{sum(ms):9.3f} ms x{len(ms):<4d} {name[:110]}" for name, ms in longest]
+    return "\n".join(lines) + "\n"
+
+
 def facts() -> dict[str, str]:
     """Where and with what this was measured."""
     from importlib.metadata import version
@@ -321,7 +378,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("speed", "losses"))
+    parser.add_argument("what", choices=("speed", "losses", "profile"))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, help="default: 40 for speed, 200 for losses")
     parser.add_argument("--log-freq", type=int, default=5)
@@ -334,10 +391,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "bench_train")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     arguments = parser.parse_args()
-    arguments.steps = arguments.steps or {"speed": 40, "losses": 200}[arguments.what]
+    arguments.steps = arguments.steps or {"speed": 40, "losses": 200, "profile": 20}[arguments.what]
     for folder in (arguments.work, arguments.out):
         folder.mkdir(parents=True, exist_ok=True)
-    {"speed": speed, "losses": losses}[arguments.what](arguments)
+    {"speed": speed, "losses": losses, "profile": profile}[arguments.what](arguments)
 
 
 if __name__ == "__main__":
