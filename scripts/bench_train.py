@@ -20,6 +20,7 @@ import datetime
 import json
 import os
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -96,22 +97,37 @@ class Run(NamedTuple):
 
 
 def command(options: dict[str, object]) -> list[str]:
-    """The command line of one run."""
-    words = [sys.executable, "-m", "sonicmoe_titan.cli", "train", str(CONFIG)]
+    """The command line of one run: a single process, so torchrun would add only its start."""
+    words = [sys.executable, "-m", "sonicmoe_titan.train", "--job.config_file", str(CONFIG)]
     for key, value in options.items():
         words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
     return words
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
 
 
 def train(run: Run, folder: Path, timeout_s: float) -> list[dict]:
     """The run's records by step; prints what went wrong and returns nothing if it failed."""
     dump = folder / run.name
     options = PROXY | run.options | {"dump_folder": str(dump)}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    environment = os.environ | ranks | {"MASTER_PORT": str(free_port())}
     started = time.monotonic()
     with (folder / f"{run.name}.log").open("w") as log:
         try:
             code = subprocess.run(
-                command(options), stdout=log, stderr=log, cwd=ROOT, timeout=timeout_s, check=False
+                command(options),
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env=environment,
+                timeout=timeout_s,
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             code = None
