@@ -7,8 +7,11 @@ import logging
 from typing import Literal, get_args
 
 import torch
+from torch import Tensor
 
-__all__ = ["BACKENDS", "Backend", "resolve_backend"]
+from sonicmoe_kernels.tiles import MAX_PAIRS, MAX_ROUTED_TOKENS, why_illegal_routing
+
+__all__ = ["BACKENDS", "Backend", "resolve_backend", "resolve_plan_backend"]
 
 Backend = Literal["auto", "hopper", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -22,8 +25,8 @@ HOPPER_IMPLEMENTED = True  # all eight kernels ran right on an H100
 logger = logging.getLogger(__name__)
 
 
-def _hopper_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str:
-    """Why the hopper backend cannot serve this, or an empty string."""
+def _device_obstacle(device: torch.device) -> str:
+    """Why the hopper backend cannot run on this device, or an empty string."""
     if not HOPPER_IMPLEMENTED:
         return "this version has no Hopper kernels"
     if device.type != "cuda":
@@ -32,6 +35,14 @@ def _hopper_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_
     if capability != HOPPER_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         return f"{name} has compute capability {capability[0]}.{capability[1]}, not 9.0"
+    return ""
+
+
+def _hopper_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str:
+    """Why the hopper backend cannot serve this, or an empty string."""
+    obstacle = _device_obstacle(device)
+    if obstacle:
+        return obstacle
     if dtype not in HOPPER_DTYPES:
         return f"dtype is {dtype}, not bfloat16 or float16"
     if dim % HOPPER_MULTIPLE or expert_dim % HOPPER_MULTIPLE:
@@ -53,14 +64,10 @@ def resolve_backend(
     Raises:
         ValueError: unknown name, or a backend that cannot serve this device, dtype or shape.
     """
-    if requested not in BACKENDS:
-        raise ValueError(f"backend {requested!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    _check_name(requested)
     obstacle = _hopper_obstacle(device, dtype, dim, expert_dim)
     if requested == "hopper" and obstacle:
-        raise ValueError(
-            f"backend 'hopper' cannot run here: {obstacle}. Use backend 'torch', or 'auto' to let "
-            "the device decide."
-        )
+        raise ValueError(_cannot_run(obstacle))
     chosen = "hopper" if requested != "torch" and not obstacle else "torch"
     if chosen == "torch" and device.type == "cuda":
         if dim % GROUPED_MM_MULTIPLE or expert_dim % GROUPED_MM_MULTIPLE:
@@ -77,3 +84,59 @@ def resolve_backend(
         why = f" ({obstacle})" if obstacle else ""
         logger.info("experts on %s run on the %s backend%s", device, chosen, why)
     return chosen
+
+
+def resolve_plan_backend(
+    requested: str,
+    ids_TK: Tensor,
+    num_experts: int,
+    *floats: Tensor,
+) -> str:
+    """The backend that builds a plan ("hopper" or "torch"); works while torch.compile traces.
+
+    Args:
+        requested: one of `BACKENDS`.
+        ids_TK: (T, K) the chosen experts.
+        num_experts: E.
+        floats: scores and draws; the kernels compute in float32.
+
+    Raises:
+        ValueError: unknown name, or "hopper" where it cannot serve these tensors.
+    """
+    _check_name(requested)
+    if requested == "torch" or (requested == "auto" and ids_TK.device.type != "cuda"):
+        return "torch"
+    T, K = ids_TK.shape
+    device = ids_TK.device
+    obstacle = _device_obstacle_once(device.type, device.index)
+    obstacle = obstacle or why_illegal_routing(num_experts, K) or ""
+    if not obstacle and any(tensor.dtype == torch.float64 for tensor in floats):
+        obstacle = "scores or draws are float64"
+    if not obstacle and T > MAX_ROUTED_TOKENS:
+        obstacle = f"T={T} tokens are more than {MAX_ROUTED_TOKENS}"
+    if not obstacle and T * num_experts >= MAX_PAIRS:
+        obstacle = f"T * E = {T} * {num_experts} pairs do not fit in int32"
+    if obstacle and requested == "hopper":
+        raise ValueError(_cannot_run(obstacle))
+    return "torch" if obstacle else "hopper"
+
+
+@torch.compiler.assume_constant_result
+def _device_obstacle_once(device_type: str, index: int | None) -> str:
+    """`_device_obstacle`, asked once per device; a constant to torch.compile."""
+    return _cached_device_obstacle(torch.device(device_type, index))
+
+
+_cached_device_obstacle = functools.cache(_device_obstacle)
+
+
+def _check_name(requested: str) -> None:
+    if requested not in BACKENDS:
+        raise ValueError(f"backend {requested!r} is unknown; accepted: {', '.join(BACKENDS)}")
+
+
+def _cannot_run(obstacle: str) -> str:
+    return (
+        f"backend 'hopper' cannot run here: {obstacle}. Use backend 'torch', or 'auto' to let the "
+        "device decide."
+    )

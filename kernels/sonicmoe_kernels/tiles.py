@@ -342,3 +342,74 @@ class Aggregation:
     rows_per_token: int | None
     weighted: bool
     residual: bool = False
+
+
+RoutingStep = Literal["membership", "balance", "token_rounding", "plan_rows", "score_gradient"]
+
+TOKEN_BLOCK = 256  # tokens of one CTA: one 32-byte sector of bits for every expert
+BITS = 32  # tokens of one word of the membership bitmap
+BLOCK_WORDS = TOKEN_BLOCK // BITS
+MAX_ROUTED_EXPERTS = 4096  # 40 bytes of shared memory for each
+MAX_TOP_K = 32  # a token's experts lie in registers
+MAX_ROUTED_TOKENS = 2**20  # each CTA sums the counts of all blocks of tokens
+MAX_PAIRS = 2**31  # T * E and rows are numbered in int32
+NO_SOURCE = -(2**31)  # of a row that nobody owns: its score came from nowhere
+
+
+def count_columns(num_experts: int) -> int:
+    """Columns of a table of counts: E rounded up so that 16 bytes are counts of one block."""
+    return -(-num_experts // 4) * 4
+
+
+@dataclass(frozen=True)
+class RoutingKernel:
+    """Everything a kernel that builds plans is compiled for. Never T or R.
+
+    rounding: the variant of token rounding, None for the plan of a top-k routing. ids: the dtype of
+    the experts' numbers. scores: which scores get a gradient ("chosen" are (T, K), "added" (T, E)).
+    What a step does not depend on is None, so that one object serves all that share it.
+    """
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_routing:build"
+
+    kernel: RoutingStep
+    num_experts: int | None = None
+    top_k: int | None = None
+    ids: Literal["int32", "int64"] | None = None
+    rounding: str | None = None
+    scores: tuple[Literal["chosen", "added"], ...] | None = None
+
+
+def why_illegal_routing(num_experts: int, top_k: int) -> str | None:
+    """The judge of routings for the plan-building kernels: None if they serve it, or the reason."""
+    if not 1 <= num_experts <= MAX_ROUTED_EXPERTS:
+        return f"E={num_experts} is not in [1, {MAX_ROUTED_EXPERTS}] (tables in shared memory)"
+    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
+        return f"K={top_k} is not in [1, {min(MAX_TOP_K, num_experts)}] (experts in registers)"
+    return None
+
+
+def routing_kernels(
+    num_experts: int,
+    top_k: int,
+    *,
+    rounding: str | None = None,
+    ids: Literal["int32", "int64"] = "int64",
+) -> list[RoutingKernel]:
+    """What building plans launches, in order, and its backward: of top-k, or of one rounding."""
+    E, K = num_experts, top_k
+    if rounding is None:
+        return [
+            RoutingKernel("membership", E, K, ids),
+            RoutingKernel("plan_rows", E, K, ids),
+            RoutingKernel("score_gradient", scores=("chosen",)),
+        ]
+    rounded = "any"  # what depends on there being a rounding, not on which
+    balance = [RoutingKernel("balance", E)] if rounding == "balance" else []
+    return [
+        RoutingKernel("membership", E, K, ids, rounded),
+        *balance,
+        RoutingKernel("token_rounding", rounding=rounding),
+        RoutingKernel("plan_rows", E, K, ids, rounded),
+        RoutingKernel("score_gradient", scores=("chosen", "added")),
+    ]
