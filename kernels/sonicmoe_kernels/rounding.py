@@ -102,7 +102,7 @@ def _plan_by_sorting(
     tile: int,
     uniform_E: Tensor | None,
 ) -> RoutingPlan:
-    """`token_rounding_plan` from torch's own ops, in any float dtype: what the kernels must equal."""
+    """`token_rounding_plan` from torch's own ops, in any float dtype: what kernels must equal."""
     T, E = scores_TE.shape
     dtype = torch.promote_types(
         torch.promote_types(scores_TK.dtype, scores_TE.dtype), torch.float32

@@ -86,7 +86,7 @@ def poisoned_memory() -> Iterator[None]:
 def plan_of(
     routing: str, routed: tuple[Tensor, Tensor, Tensor], problem: Problem, backend: str
 ) -> RoutingPlan:
-    ids_TK, scores_TK, scores_TE = routed
+    ids_TK, scores_TK, _ = routed
     if routing == "topk":
         return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=problem.E, backend=backend)
     return token_rounding_plan(

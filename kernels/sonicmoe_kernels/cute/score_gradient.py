@@ -10,7 +10,7 @@ Legend
 import cutlass
 import cutlass.cute as cute
 from cuda.bindings.driver import CUstream
-from cutlass import Int64, const_expr
+from cutlass import Boolean, Float32, Int32, Int64, const_expr
 
 from sonicmoe_kernels.tiles import NO_SOURCE, RoutingKernel
 
@@ -54,9 +54,14 @@ class ScoreGradient:
         row = cute.arch.block_idx()[0] * THREADS + cute.arch.thread_idx()[0]
         if row < mSource_R.shape[0]:
             source = mSource_R[row]
-            if source >= 0:
-                if const_expr(self.chosen):
-                    mChosen_P[source] = mDScore_R[row]
-            elif source != NO_SOURCE:
-                if const_expr(self.added):
-                    mAdded_P[Int64(-1 - source)] = mDScore_R[row]
+            gradient = mDScore_R[row]
+            if const_expr(self.chosen):
+                self.store_if(source >= 0, mChosen_P, source, gradient)
+            if const_expr(self.added):
+                added = source < 0 and source != NO_SOURCE
+                self.store_if(added, mAdded_P, -1 - source, gradient)
+
+    @cute.jit
+    def store_if(self, owned: Boolean, mGradient_P: cute.Tensor, pair: Int32, gradient: Float32):
+        if owned:
+            mGradient_P[Int64(pair)] = gradient

@@ -1,4 +1,4 @@
-"""Step 2 of token rounding (3 of "balance"): drops an expert's worst tokens or adds the best others.
+"""Step 2 of token rounding (3 of "balance"): drops an expert's worst tokens or adds others.
 
 After Alg. 4 of SonicMoE (arXiv 2512.14080); rounding.py says what the variants mean. Nothing is
 sorted: the `count` best of an expert's candidates are those above a threshold, found by histograms
