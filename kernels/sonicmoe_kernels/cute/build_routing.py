@@ -89,7 +89,7 @@ def arguments(spec: RoutingKernel) -> tuple:
     if spec.kernel == "membership":
         return (
             ids,
-            given(Int32, tokens, experts) if rounded else None,
+            given(Float32, tokens, experts) if rounded else None,
             bits,
             chosen,
             chosen if rounded else None,

@@ -141,10 +141,11 @@ class Membership:
         lane = cute.arch.lane_idx()
         warp = cute.arch.warp_idx()
         token = block * TOKEN_BLOCK + warp * BITS
+        mScoreBits_TE = cute.recast_tensor(mScores_TE, Int32)
         for i in cutlass.range_constexpr(BITS):
             key = Int32(MINUS_INFINITY_KEY)
-            if token + i < mScores_TE.shape[0] and first + lane < self.E:
-                key = key_of(mScores_TE[Int64(token + i), first + lane])
+            if token + i < mScoreBits_TE.shape[0] and first + lane < self.E:
+                key = key_of(mScoreBits_TE[Int64(token + i), first + lane])
             sKeys[lane, i, warp] = key
         cute.arch.sync_warp()
         addable = Int32(0)  # of expert `lane`
