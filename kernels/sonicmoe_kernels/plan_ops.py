@@ -9,6 +9,7 @@ Legend: T tokens, E experts, K experts per token, R routed rows (suffix R: R_max
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ def _differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     dchosen, dadded = torch.ops.sonicmoe.plan_scores_backward(
         dscore,
         source,
-        ctx.chosen_shape.numel() if needs_chosen else 0,
-        ctx.all_shape.numel() if needs_added else 0,
+        math.prod(ctx.chosen_shape) if needs_chosen else 0,  # numel() would fix a traced T
+        math.prod(ctx.all_shape) if needs_added else 0,
         is_topk,
     )
     dscores = dchosen.view(ctx.chosen_shape) if needs_chosen else None
