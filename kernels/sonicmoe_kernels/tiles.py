@@ -431,6 +431,11 @@ class TopKBackward(TopKOptions):
         """False when the K weights say everything."""
         return self.d_all or not self.over_chosen
 
+    @property
+    def reads_weights(self) -> bool:
+        """True when a softmax over the chosen is differentiated."""
+        return self.d_weights and self.over_chosen
+
 
 def why_illegal_topk(spec: TopKOptions) -> str | None:
     """None if the top-k kernels can be compiled for these options, else the reason."""

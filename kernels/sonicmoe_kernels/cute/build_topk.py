@@ -76,7 +76,7 @@ def build_backward(spec: TopKBackward) -> Any:
         _chosen(spec, Float32, tokens) if spec.d_weights else None,
         d_all,
         _chosen(spec, Int64, tokens) if spec.d_weights else None,
-        _chosen(spec, Float32, tokens) if spec.d_weights and spec.over_chosen else None,
+        _chosen(spec, Float32, tokens) if spec.reads_weights else None,
         _rows(spec, dtype, tokens) if spec.reads_logits else None,
         _rows(spec, dtype, tokens),
     )

@@ -103,9 +103,8 @@ class TopKGradient:
                 largest, total = self.row.to_scores(rX)
             expert, dweight = Int32(0), Float32(0.0)
             if const_expr(spec.d_weights):
-                if lane < self.K:
-                    expert = Int32(mIds_TK[mine])
-                    dweight = mDWeights_TK[mine] * scale
+                expert, dweight = self.load_chosen(mIds_TK, mDWeights_TK, mine, lane)
+                dweight = dweight * scale
 
             if const_expr(spec.over_chosen):
                 if const_expr(spec.d_all):
@@ -132,6 +131,16 @@ class TopKGradient:
                     self.add_chosen(rG, share, expert, lane, sRow)
                 self.through_scores(rG, rX)
             self.row.store(rG, mDLogits_TE, start, lane)
+
+    @cute.jit
+    def load_chosen(
+        self, mIds_TK: cute.Tensor, mDWeights_TK: cute.Tensor, mine: Int64, lane: Int32
+    ):
+        """Lane k's expert and the gradient of its weight; 0 from lane K on."""
+        expert, dweight = Int32(0), Float32(0.0)
+        if lane < self.K:
+            expert, dweight = Int32(mIds_TK[mine]), mDWeights_TK[mine]
+        return expert, dweight
 
     @cute.jit
     def score(self, logit: Float32, largest: Float32, total: Float32):
