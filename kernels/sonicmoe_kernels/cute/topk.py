@@ -122,14 +122,13 @@ class TopK:
             logit = -Float32.inf
             if lane < self.K:
                 if const_expr(self.spec.has_bias):
-                    logit = mLogits_TE[start + expert].to(Float32)
+                    logit = mLogits_TE[Int64(token), expert].to(Float32)
                 else:
                     logit = number_of(order)
             weight = self.weight(logit, lane, largest, total)
             if lane < self.K:
-                mine = Int64(token) * self.K + lane
-                mIds_TK[mine] = Int64(expert)
-                mWeights_TK[mine] = weight * scale
+                mIds_TK[Int64(token), lane] = Int64(expert)
+                mWeights_TK[Int64(token), lane] = weight * scale
 
     @cute.jit
     def orders(self, rX: cute.Tensor, mBias_E: cute.Tensor | None, lane: Int32):

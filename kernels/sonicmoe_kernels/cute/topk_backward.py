@@ -86,7 +86,6 @@ class TopKGradient:
         sRow = cutlass.memory.SmemAllocator().allocate_tensor(Float32, rows, 16)[None, warp]
         if token < mDLogits_TE.shape[0]:
             start = Int64(token) * self.E
-            mine = Int64(token) * self.K + lane
             spec = self.spec
             rX = cute.make_rmem_tensor(self.per_lane, Float32)
             rX.fill(0.0)
@@ -103,7 +102,7 @@ class TopKGradient:
                 largest, total = self.row.to_scores(rX)
             expert, dweight = Int32(0), Float32(0.0)
             if const_expr(spec.d_weights):
-                expert, dweight = self.load_chosen(mIds_TK, mDWeights_TK, mine, lane)
+                expert, dweight = self.load_chosen(mIds_TK, mDWeights_TK, token, lane)
                 dweight = dweight * scale
 
             if const_expr(spec.over_chosen):
@@ -112,7 +111,7 @@ class TopKGradient:
                 if const_expr(spec.d_weights):
                     weight = Float32(0.0)
                     if lane < self.K:
-                        weight = mWeights_TK[mine] * cute.arch.rcp_approx(scale)
+                        weight = mWeights_TK[Int64(token), lane] * cute.arch.rcp_approx(scale)
                     mean = cute.arch.warp_reduction_sum(weight * dweight)
                     self.add_chosen(rG, weight * (dweight - mean), expert, lane, sRow)
             else:
@@ -121,7 +120,7 @@ class TopKGradient:
                     if const_expr(spec.renormalize):
                         score = Float32(0.0)
                         if lane < self.K:
-                            logit = mLogits_TE[start + expert].to(Float32)
+                            logit = mLogits_TE[Int64(token), expert].to(Float32)
                             score = self.score(logit, largest, total)
                         inverse = cute.arch.rcp_approx(
                             cute.arch.warp_reduction_sum(score) + RENORMALIZE_EPS
@@ -134,12 +133,13 @@ class TopKGradient:
 
     @cute.jit
     def load_chosen(
-        self, mIds_TK: cute.Tensor, mDWeights_TK: cute.Tensor, mine: Int64, lane: Int32
+        self, mIds_TK: cute.Tensor, mDWeights_TK: cute.Tensor, token: Int32, lane: Int32
     ):
         """Lane k's expert and the gradient of its weight; 0 from lane K on."""
         expert, dweight = Int32(0), Float32(0.0)
         if lane < self.K:
-            expert, dweight = Int32(mIds_TK[mine]), mDWeights_TK[mine]
+            expert = Int32(mIds_TK[Int64(token), lane])
+            dweight = mDWeights_TK[Int64(token), lane]
         return expert, dweight
 
     @cute.jit
