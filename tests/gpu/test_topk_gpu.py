@@ -23,7 +23,14 @@ from sonicmoe_kernels.backends import HOPPER_CAPABILITY
 from sonicmoe_kernels.routing import TopK
 from torch import Tensor
 
-from tests.gpu.topk_cases import CASES, GRADIENTS, SIZE_CASES, Case, sort_by_loop
+from tests.gpu.topk_cases import (
+    CASES,
+    GRADIENT_CASES,
+    GRADIENTS,
+    SIZE_CASES,
+    Case,
+    sort_by_loop,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER_CAPABILITY,
@@ -105,15 +112,9 @@ def test_choice_and_scores_are_those_of_torch(case: Case) -> None:
     check_forward(case, case.logits(1000))
 
 
-@pytest.mark.parametrize("gradients", GRADIENTS)
-@pytest.mark.parametrize("case", [c for c in CASES if c.all_scores], ids=str)
+@pytest.mark.parametrize(("case", "gradients"), GRADIENT_CASES, ids=str)
 def test_gradient_is_that_of_float64(case: Case, gradients: str) -> None:
     check_backward(case, 300, gradients)
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if not c.all_scores], ids=str)
-def test_gradient_without_all_scores_is_that_of_float64(case: Case) -> None:
-    check_backward(case, 300, "weights")
 
 
 @pytest.mark.parametrize("gradients", ["scores", "both"])
@@ -343,7 +344,7 @@ def test_a_broken_forward_is_noticed(
 def test_a_broken_backward_is_noticed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = SOME.specs()[-1]
+    spec = SOME.specs(["both"])[-1]
     kernel = broken_kernel(spec, tmp_path, "topk_backward", *BROKEN_BACKWARD[name])
     monkeypatch.setattr(routing_ops, "_backward_kernel", lambda *_: (spec, kernel))
     with pytest.raises(AssertionError):

@@ -6,6 +6,7 @@ Legend: T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +47,13 @@ class Case:
         score_func, softmax_order, renormalize = ROUTING[self.routing]
         return dict(score_func=score_func, softmax_order=softmax_order, renormalize=renormalize)
 
-    def specs(self) -> list[TopKForward | TopKBackward]:
-        """What `route_topk` and its gradients compile."""
+    @property
+    def gradients(self) -> list[str]:
+        """Which outputs can have one."""
+        return list(GRADIENTS) if self.all_scores else ["weights"]
+
+    def specs(self, gradients: Iterable[str] = ()) -> list[TopKForward | TopKBackward]:
+        """What `route_topk` compiles, and its backward for these gradients."""
         static = dict(
             num_experts=self.num_experts,
             top_k=self.top_k,
@@ -55,9 +61,9 @@ class Case:
             has_bias=self.biased,
             **self.options,
         )
-        used = [(w, a) for w, a in GRADIENTS.values() if self.all_scores or not a]
-        gradients = [TopKBackward(**static, d_weights=w, d_all=a) for w, a in used]
-        return [TopKForward(**static, all_scores=self.all_scores), *gradients]
+        forward = TopKForward(**static, all_scores=self.all_scores)
+        flags = [GRADIENTS[name] for name in gradients]
+        return [forward, *(TopKBackward(**static, d_weights=w, d_all=a) for w, a in flags)]
 
     def logits(self, num_tokens: int, *, seed: int = 0, spread: float = 3.0) -> Tensor:
         generator = torch.Generator("cuda").manual_seed(seed)
@@ -127,13 +133,17 @@ SIZES = ((1, 1), (2, 2), (7, 3), (16, 16), (64, 6), (96, 8), (128, 8), (128, 32)
 SIZES += ((256, 16), (512, 8), (1000, 10), (1024, 32), (4096, 8), (4096, 32))
 DTYPES = (torch.float32, torch.bfloat16)
 
-# Every option where lanes sort their experts and where the warp searches; two routings elsewhere.
+# Every option where lanes sort their experts (128) and where the warp searches (512); two routings
+# at every other size.
 OPTION_CASES = [
     Case(num_experts, 8, routing, biased, dtype, all_scores)
-    for num_experts, routing, biased, dtype, all_scores in itertools.product(
-        (128, 512), ROUTING, (False, True), DTYPES, (False, True)
+    for num_experts, dtype, all_scores in (
+        (128, torch.float32, True),
+        (128, torch.float32, False),
+        (128, torch.bfloat16, True),
+        (512, torch.float32, True),
     )
-    if dtype == torch.float32 or num_experts == 128
+    for routing, biased in itertools.product(ROUTING, (False, True))
 ]
 SIZE_CASES = [
     Case(num_experts, top_k, routing, biased)
@@ -141,3 +151,16 @@ SIZE_CASES = [
     for routing, biased in (("before_renormalised", False), ("sigmoid_renormalised", True))
 ]
 CASES = list(dict.fromkeys([*OPTION_CASES, *SIZE_CASES]))
+GRADIENT_CASES = list(
+    dict.fromkeys(
+        [(case, name) for case in OPTION_CASES for name in case.gradients]
+        + [(case, "both") for case in SIZE_CASES]
+    )
+)
+
+
+def all_specs() -> list[TopKForward | TopKBackward]:
+    """What the tests compile, to be built beforehand in several processes."""
+    wanted = [spec for case in CASES for spec in case.specs()]
+    wanted += [spec for case, name in GRADIENT_CASES for spec in case.specs([name])]
+    return list(dict.fromkeys(wanted))
