@@ -107,7 +107,9 @@ def test_moe_block_keeps_what_the_model_predicts_within_one_percent(
     with SavedTensors([*block.parameters(), *block.buffers()]) as saved:
         out_BLD = block(x_BLD)
 
-    shape = LayerShape(args=args, num_tokens=size[0], value_bytes=dtype.itemsize)
+    shape = LayerShape(
+        args=args, num_tokens=size[0], value_bytes=dtype.itemsize, on_gpu=x_BLD.is_cuda
+    )
     predicted = total(moe_terms(shape))
     assert saved.bytes() == pytest.approx(predicted, rel=0.01), saved.read()
     out_BLD.float().sum().backward()
