@@ -8,6 +8,7 @@ the same directory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import time
@@ -16,9 +17,20 @@ from typing import Literal
 
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.activations import ACTIVATIONS, get_activation
-from sonicmoe_kernels.tiles import ROW_TILES, Aggregation, pick_rows, pick_weights
+from sonicmoe_kernels.tiles import (
+    ROW_TILES,
+    Aggregation,
+    ScoreFunction,
+    SoftmaxOrder,
+    TopKBackward,
+    TopKForward,
+    TopKOptions,
+    pick_rows,
+    pick_weights,
+    why_illegal_topk,
+)
 
-__all__ = ["main", "specs", "warm_up"]
+__all__ = ["main", "specs", "topk_specs", "warm_up"]
 
 SIZES = ("D", "F", "E", "K")
 Dtype = Literal["bfloat16", "float16"]
@@ -49,6 +61,32 @@ def specs(
         for weighted in (True, False)
     ]
     return [*rows, *weights, *sums]
+
+
+def topk_specs(
+    *,
+    num_experts: int,
+    top_k: int,
+    score_func: ScoreFunction = "softmax",
+    softmax_order: SoftmaxOrder = "before",
+    renormalize: bool = True,
+    has_bias: bool = False,
+) -> list[kernel_cache.KernelSpec]:
+    """Every kernel that `route_topk` launches for these options and fp32 logits.
+
+    With all scores and without; the backward with their gradient and without. None where E or K
+    is too large for the kernels.
+    """
+    options = TopKOptions(
+        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
+    )
+    if why_illegal_topk(options) is not None:
+        return []
+    static = dataclasses.asdict(options)
+    return [
+        *(TopKForward(**static, all_scores=all_scores) for all_scores in (False, True)),
+        *(TopKBackward(**static, d_weights=True, d_all=d_all) for d_all in (False, True)),
+    ]
 
 
 def _build(spec: kernel_cache.KernelSpec) -> str:
@@ -101,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
             activation=arguments.activation,
         )
     ]
+    for shape in arguments.shape:
+        wanted += topk_specs(num_experts=shape["E"], top_k=shape["K"])
     warm_up(wanted, jobs=arguments.jobs)
     print(f"{len(wanted)} kernels in {kernel_cache.cache_dir()}")
     return 0
