@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sonicmoe_kernels.backends import Backend
 from sonicmoe_kernels.routing import TopK, route_topk
 from sonicmoe_kernels.tiles import RENORMALIZE_EPS, TopKBackward, TopKForward
 from torch import Tensor
@@ -54,7 +55,7 @@ class Case:
 
     def specs(self, gradients: Iterable[str] = ()) -> list[TopKForward | TopKBackward]:
         """What `route_topk` compiles, and its backward for these gradients."""
-        static = dict(
+        static: dict[str, Any] = dict(
             num_experts=self.num_experts,
             top_k=self.top_k,
             dtype=str(self.dtype).removeprefix("torch."),
@@ -76,7 +77,7 @@ class Case:
         bias_E = torch.randn(self.num_experts, generator=generator, device="cuda") / 5
         return bias_E if self.biased else None
 
-    def route(self, logits_TE: Tensor, *, backend: str = "hopper") -> TopK:
+    def route(self, logits_TE: Tensor, *, backend: Backend = "hopper") -> TopK:
         return route_topk(
             logits_TE,
             top_k=self.top_k,
