@@ -9,9 +9,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sonicmoe_kernels.tiles import MAX_PAIRS, MAX_ROUTED_TOKENS, why_illegal_routing
+from sonicmoe_kernels.tiles import (
+    MAX_PAIRS,
+    MAX_ROUTED_TOKENS,
+    TOPK_MAX_CHOSEN,
+    TOPK_MAX_EXPERTS,
+    why_illegal_routing,
+)
 
-__all__ = ["BACKENDS", "Backend", "resolve_backend", "resolve_plan_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "resolve_backend",
+    "resolve_plan_backend",
+    "resolve_topk_backend",
+]
 
 Backend = Literal["auto", "hopper", "torch"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -20,17 +32,20 @@ HOPPER_CAPABILITY = (9, 0)
 HOPPER_MULTIPLE = 64  # one k-tile of the GEMMs; local D and F
 GROUPED_MM_MULTIPLE = 8  # 16 bytes of a half-precision row, which grouped_mm's TMA loads need
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+TOPK_DTYPES = (torch.float32, torch.bfloat16)
 HOPPER_IMPLEMENTED = True  # all eight kernels ran right on an H100
 
 logger = logging.getLogger(__name__)
 
 
 def _device_obstacle(device: torch.device) -> str:
-    """Why the hopper backend cannot run on this device, or an empty string."""
+    """Why our kernels cannot run on this device, or an empty string."""
     if not HOPPER_IMPLEMENTED:
         return "this version has no Hopper kernels"
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability != HOPPER_CAPABILITY:
         name = torch.cuda.get_device_name(device)
@@ -39,15 +54,61 @@ def _device_obstacle(device: torch.device) -> str:
 
 
 def _hopper_obstacle(device: torch.device, dtype: torch.dtype, dim: int, expert_dim: int) -> str:
-    """Why the hopper backend cannot serve this, or an empty string."""
-    obstacle = _device_obstacle(device)
-    if obstacle:
+    """Why the hopper backend cannot compute the experts, or an empty string."""
+    if obstacle := _device_obstacle(device):
         return obstacle
     if dtype not in HOPPER_DTYPES:
         return f"dtype is {dtype}, not bfloat16 or float16"
     if dim % HOPPER_MULTIPLE or expert_dim % HOPPER_MULTIPLE:
         return f"D={dim} and F={expert_dim} are not both multiples of {HOPPER_MULTIPLE}"
     return ""
+
+
+def _topk_obstacle(device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int) -> str:
+    """Why the hopper backend cannot choose experts, or an empty string."""
+    if obstacle := _device_obstacle(device):
+        return obstacle
+    if dtype not in TOPK_DTYPES:
+        return f"the logits are {dtype}, not float32 or bfloat16"
+    if num_experts > TOPK_MAX_EXPERTS or top_k > TOPK_MAX_CHOSEN:
+        return f"E={num_experts}, K={top_k} exceed {TOPK_MAX_EXPERTS} and {TOPK_MAX_CHOSEN}"
+    return ""
+
+
+@functools.cache
+def _resolve_topk_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int
+) -> str:
+    if requested not in BACKENDS:
+        raise ValueError(f"backend {requested!r} is unknown; accepted: {', '.join(BACKENDS)}")
+    obstacle = _topk_obstacle(device, dtype, num_experts, top_k)
+    if requested == "hopper" and obstacle:
+        raise ValueError(
+            f"backend 'hopper' cannot route here: {obstacle}. Use backend 'torch', or 'auto' to "
+            "let the device decide."
+        )
+    chosen = "hopper" if requested != "torch" and not obstacle else "torch"
+    if requested == "auto":
+        why = f" ({obstacle})" if obstacle else ""
+        logger.info("routing on %s runs on the %s backend%s", device, chosen, why)
+    return chosen
+
+
+@torch.compiler.assume_constant_result
+def resolve_topk_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int
+) -> str:
+    """The backend that routes ("hopper" or "torch"); `auto` picks and says once why.
+
+    Args:
+        requested: one of `BACKENDS`.
+        device, dtype: of the logits.
+        num_experts, top_k: E and K.
+
+    Raises:
+        ValueError: unknown name, or hopper where it cannot serve this device, dtype or size.
+    """
+    return _resolve_topk_backend(requested, device, dtype, num_experts, top_k)
 
 
 @functools.cache

@@ -30,7 +30,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sonicmoe_kernels.tiles import Aggregation, RoutingKernel, RowGemm, WeightGemm
+from sonicmoe_kernels.tiles import (
+    Aggregation,
+    RoutingKernel,
+    RowGemm,
+    TopKBackward,
+    TopKForward,
+    WeightGemm,
+)
 
 __all__ = ["KernelSpec", "build", "cache_dir", "load", "object_path", "prepare_dsl"]
 
@@ -47,7 +54,7 @@ _compiler = threading.Lock()  # MLIR is not thread-safe
 
 
 # Frozen dataclasses of plain values; each names its `kernel` and the `builder` that compiles it.
-KernelSpec = RowGemm | WeightGemm | Aggregation | RoutingKernel
+KernelSpec = RowGemm | WeightGemm | Aggregation | TopKForward | TopKBackward | RoutingKernel
 
 
 def cache_dir() -> Path:
