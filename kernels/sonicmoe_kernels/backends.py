@@ -168,8 +168,7 @@ def resolve_plan_backend(
     if requested == "torch" or (requested == "auto" and ids_TK.device.type != "cuda"):
         return "torch"
     T, K = ids_TK.shape
-    device = ids_TK.device
-    obstacle = _device_obstacle_once(device.type, device.index)
+    obstacle = _device_obstacle_once(ids_TK.device)
     obstacle = obstacle or why_illegal_routing(num_experts, K) or ""
     if not obstacle and any(tensor.dtype == torch.float64 for tensor in floats):
         obstacle = "scores or draws are float64"
@@ -183,9 +182,9 @@ def resolve_plan_backend(
 
 
 @torch.compiler.assume_constant_result
-def _device_obstacle_once(device_type: str, index: int | None) -> str:
+def _device_obstacle_once(device: torch.device) -> str:
     """`_device_obstacle`, asked once per device; a constant to torch.compile."""
-    return _cached_device_obstacle(torch.device(device_type, index))
+    return _cached_device_obstacle(device)
 
 
 _cached_device_obstacle = functools.cache(_device_obstacle)

@@ -6,7 +6,9 @@ R_max entries).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +18,31 @@ from sonicmoe_kernels.tiles import (
     BLOCK_WORDS,
     TOKEN_BLOCK,
     RoutingKernel,
+    RoutingStep,
     count_columns,
 )
 
 __all__ = ["PlanTensors", "plan_of_rounding", "plan_of_topk", "score_gradient"]
 
-_IDS = {torch.int32: "int32", torch.int64: "int64"}
+_IDS: dict[torch.dtype, Literal["int32", "int64"]] = {
+    torch.int32: "int32",
+    torch.int64: "int64",
+}
 _ANY_ROUNDING = "any"
+
+
+@functools.cache
+def kernel(
+    step: RoutingStep,
+    num_experts: int | None = None,
+    top_k: int | None = None,
+    ids: torch.dtype | None = None,
+    rounding: str | None = None,
+    scores: tuple[Literal["chosen", "added"], ...] | None = None,
+) -> Callable[..., None]:
+    """The loaded kernel; one look-up a launch."""
+    ids_name = None if ids is None else _IDS[ids]
+    return kernel_cache.load(RoutingKernel(step, num_experts, top_k, ids_name, rounding, scores))
 
 
 class PlanTensors(NamedTuple):
@@ -62,8 +82,7 @@ def plan_of_topk(ids_TK: Tensor, scores_TK: Tensor, num_experts: int) -> PlanTen
     (T, K), E = ids_TK.shape, num_experts
     bits, counts = _empty_tables(ids_TK, E)
     if T:
-        membership = RoutingKernel("membership", E, K, _IDS[ids_TK.dtype])
-        kernel_cache.load(membership)(ids_TK, None, bits, counts, None, None)
+        kernel("membership", E, K, ids_TK.dtype)(ids_TK, None, bits, counts, None, None)
     plan = empty_plan(ids_TK, T, E, T * K)
     _write_rows(ids_TK, scores_TK, None, bits, counts, plan, None)
     return plan
@@ -92,14 +111,14 @@ def plan_of_rounding(
     bits, counts = _empty_tables(ids_TK, E)
     addable = torch.empty_like(counts)
     keys = torch.empty(E, bits.shape[0] * TOKEN_BLOCK, dtype=torch.int32, device=ids_TK.device)
-    membership = RoutingKernel("membership", E, K, _IDS[ids_TK.dtype], _ANY_ROUNDING)
-    kernel_cache.load(membership)(ids_TK, scores_TE, bits, counts, addable, keys)
+    membership = kernel("membership", E, K, ids_TK.dtype, _ANY_ROUNDING)
+    membership(ids_TK, scores_TE, bits, counts, addable, keys)
     go_up_E = None
     if rounding == "balance":
         go_up_E = torch.empty(E, dtype=torch.int32, device=ids_TK.device)
-        kernel_cache.load(RoutingKernel("balance", E))(counts, addable, go_up_E, tile)
-    kernel = kernel_cache.load(RoutingKernel("token_rounding", rounding=rounding))
-    kernel(keys, bits, counts, addable, uniform_E, go_up_E, tile)
+        kernel("balance", E)(counts, addable, go_up_E, tile)
+    round_tokens = kernel("token_rounding", rounding=rounding)
+    round_tokens(keys, bits, counts, addable, uniform_E, go_up_E, tile)
     plan = empty_plan(ids_TK, T, E, r_max)
     _write_rows(ids_TK, scores_TK, scores_TE, bits, counts, plan, _ANY_ROUNDING)
     return plan
@@ -108,7 +127,7 @@ def plan_of_rounding(
 def score_gradient(
     dscore_R: Tensor, source_R: Tensor, dchosen_P: Tensor | None, dadded_P: Tensor | None
 ) -> None:
-    """Writes the gradients of the pairs that own a row; None for what is not wanted.
+    """Writes the gradients of the pairs that own a row; at most one may be None: not wanted.
 
     Args:
         dscore_R: (R_max,) float32, contiguous.
@@ -116,11 +135,15 @@ def score_gradient(
         dchosen_P: (T * K,) float32.
         dadded_P: (T * E,) float32.
     """
-    outputs = {"chosen": dchosen_P, "added": dadded_P}
-    wanted = tuple(name for name, output in outputs.items() if output is not None)
-    if wanted and source_R.shape[0]:
-        spec = RoutingKernel("score_gradient", scores=wanted)
-        kernel_cache.load(spec)(dscore_R, source_R, dchosen_P, dadded_P)
+    if source_R.shape[0] == 0:
+        return
+    if dchosen_P is not None and dadded_P is not None:
+        run = kernel("score_gradient", scores=("chosen", "added"))
+    elif dadded_P is not None:
+        run = kernel("score_gradient", scores=("added",))
+    else:
+        run = kernel("score_gradient", scores=("chosen",))
+    run(dscore_R, source_R, dchosen_P, dadded_P)
 
 
 def _empty_tables(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -143,8 +166,7 @@ def _write_rows(
     rounding: str | None,
 ) -> None:
     num_experts = plan.expert_offsets.shape[0] - 1
-    spec = RoutingKernel("plan_rows", num_experts, ids_TK.shape[1], _IDS[ids_TK.dtype], rounding)
-    kernel_cache.load(spec)(
+    kernel("plan_rows", num_experts, ids_TK.shape[1], ids_TK.dtype, rounding)(
         ids_TK,
         scores_TK,
         scores_TE,

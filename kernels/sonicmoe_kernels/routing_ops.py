@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels.thin_autograd import below_autograd, register
 from sonicmoe_kernels.tiles import TopKBackward, TopKForward, TopKOptions
 
 __all__ = ["SAVE_OPS", "route_topk"]
@@ -166,7 +167,7 @@ class _RouteTopK(torch.autograd.Function):
     def forward(
         ctx: Any, keys: Any, logits: Tensor, bias: Tensor | None, *static: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ids, weights, scores = _below_autograd(route_topk, keys, logits, bias, *static)
+        ids, weights, scores = below_autograd(route_topk, keys, logits, bias, *static)
         *choice, route_scale, all_scores = static
         has_bias = bias is not None
         ctx.static = (logits.shape[1], logits.dtype, *choice, route_scale, has_bias)
@@ -195,7 +196,7 @@ class _RouteTopK(torch.autograd.Function):
 class _RouteTopKBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
-        return _below_autograd(route_topk_backward, keys, *inputs)
+        return below_autograd(route_topk_backward, keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -203,21 +204,6 @@ class _RouteTopKBackward(torch.autograd.Function):
             "route_topk has no second derivative on the hopper backend: take gradients without "
             "create_graph=True, or route with backend='torch'."
         )
-
-
-def _below_autograd(op: Any, keys: Any, *inputs: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
-
-
-def _with_autograd(
-    op: Any, function: type[torch.autograd.Function], keys: Any, *inputs: Any
-) -> Any:
-    """`op` as the dispatcher calls it above all backends."""
-    tensors = (t for t in inputs if isinstance(t, Tensor))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return function.apply(keys, *inputs)
-    return _below_autograd(op, keys, *inputs)
 
 
 route_topk = torch.ops.sonicmoe.route_topk.default
@@ -229,9 +215,8 @@ for _op, _eager, _fake, _function in (
 ):
     _name = _op.name().removesuffix(".default")
     _library.impl(_name, _eager, "CompositeExplicitAutograd")
-    _with = functools.partial(_with_autograd, _op, _function)
-    _library.impl(_name, _with, "Autograd", with_keyset=True)
     torch.library.register_fake(_name, _fake, lib=_library)
+    register(_library, _op, _function)
 
 # What selective activation checkpointing keeps, so that the choice cannot change in between.
 SAVE_OPS = (route_topk,)

@@ -23,6 +23,14 @@ pytestmark = pytest.mark.skipif(
     reason="needs compute capability 9.0",
 )
 
+
+@pytest.fixture(autouse=True)
+def _kernels_loaded_anew() -> Iterator[None]:
+    """No test meets a kernel that another one has damaged."""
+    yield
+    hopper_routing.kernel.cache_clear()
+
+
 ROUTINGS = ("topk", *ROUNDINGS)
 SIZES = [(1, 1), (2, 2), (7, 3), (64, 8), (96, 6), (128, 8), (512, 32), (1000, 8), (4096, 16)]
 TOKENS = (0, 1, 31, 32, 33, 255, 256, 257, 1000)
@@ -383,5 +391,6 @@ def test_the_comparison_notices_a_damaged_step(
 
     check(Problem(1000, 64, 8, tile=64), ("nearest",))
     monkeypatch.setattr(hopper_routing.kernel_cache, "load", broken)
+    hopper_routing.kernel.cache_clear()
     with pytest.raises(AssertionError, match="nearest"):
         check(Problem(1000, 64, 8, tile=64), ("nearest",))

@@ -243,6 +243,7 @@ def test_right_calls_are_stopped_by_the_missing_gpu_alone(experts: int, monkeypa
         return call
 
     monkeypatch.setattr(hopper_routing.kernel_cache, "load", calling)
+    hopper_routing.kernel.cache_clear()
     monkeypatch.setattr(hopper_routing, "_IDS", defaultdict(lambda: "int64"))
     ids_TK = fake_cuda(1000, top_k, dtype=torch.int64)
     scores_TK = fake_cuda(1000, top_k, dtype=torch.float32)
@@ -261,6 +262,7 @@ def test_right_calls_are_stopped_by_the_missing_gpu_alone(experts: int, monkeypa
         )
     pairs = [fake_cuda(1000 * width, dtype=torch.float32) for width in (top_k, experts)]
     hopper_routing.score_gradient(plan.score_R, plan.source_R, *pairs)
+    hopper_routing.kernel.cache_clear()
     assert stopped == [
         *("membership", "plan_rows"),
         *("membership", "balance", "token_rounding", "plan_rows"),
