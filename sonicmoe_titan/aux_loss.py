@@ -42,7 +42,8 @@ def load_balancing_loss(
         count_E = funcol.wait_tensor(funcol.all_reduce(count_E, "sum", group))
         num_ranks *= dist.get_world_size(group)
     f_E = count_E / (T * top_k * num_ranks)
-    return E * torch.dot(f_E, probability_TE.mean(dim=0))
+    # not mean(): its backward writes (T, E), that of sum() is one row seen as (T, E)
+    return E * torch.dot(f_E, probability_TE.sum(dim=0) / T)
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:

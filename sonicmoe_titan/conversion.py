@@ -69,6 +69,8 @@ def to_sonic(
             softmax_order=softmax_order,
             aux_loss_coeff=aux_loss_coeff,
             z_loss_coeff=z_loss_coeff,
+            backend=backend,
+            all_scores=router == "token_rounding",
         ),
         routed_experts=derive(
             experts,

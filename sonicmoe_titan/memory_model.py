@@ -17,6 +17,7 @@ from math import comb
 from typing import Literal
 
 from sonicmoe_kernels.routing import r_max
+from sonicmoe_kernels.tiles import TOPK_MAX_CHOSEN, TOPK_MAX_EXPERTS
 
 from sonicmoe_titan.model_args import ModelArgs
 
@@ -43,8 +44,8 @@ class LayerShape:
     Attributes:
         num_tokens: T, tokens of one microbatch on this rank (after context parallelism).
         value_bytes: bytes of an activation or weight element: 2 for bf16 and fp16.
-        on_gpu: on a CPU an RMSNorm is composed of fp32 operations, and selective checkpointing
-            does not know the attention kernel.
+        on_gpu: on a CPU an RMSNorm and the routing are composed of fp32 operations, and selective
+            checkpointing does not know the attention kernel.
         expert_parallel: ranks that share the experts; divides E.
         load: under expert parallelism the rows that arrive are unknown: their bound, or their
             expectation under uniform routing.
@@ -69,6 +70,19 @@ class LayerShape:
     @property
     def local_experts(self) -> int:
         return self.args.num_experts // self.expert_parallel
+
+    @property
+    def routing_kernel(self) -> bool:
+        """Whether one kernel routes (on a Hopper GPU), or torch's operations do."""
+        args = self.args
+        fits = args.num_experts <= TOPK_MAX_EXPERTS and args.top_k <= TOPK_MAX_CHOSEN
+        ours = self.on_gpu and args.backend != "torch"
+        return ours and fits and args.num_expert_groups is None
+
+    @property
+    def all_scores(self) -> bool:
+        """Whether the routing kernel stores every expert's score."""
+        return self.args.router == "token_rounding" or self.args.aux_loss_coeff > 0
 
     @property
     def sent_rows(self) -> int:
@@ -191,9 +205,13 @@ def router_terms(shape: LayerShape) -> list[Term]:
     """Scores, choice and the way from scores to the plan's rows; X and the gate are not in here."""
     args, T = shape.args, shape.num_tokens
     E, K, R = args.num_experts, args.top_k, shape.sent_rows
-    after = args.softmax_order == "after"
     terms = [Term("router", "chosen experts", "T K int64", INT64 * T * K)]
-    if after:
+    if shape.routing_kernel:
+        if _softmax_over_chosen(args):
+            terms.append(Term("router", "weights of the chosen", "T K", FP32 * T * K))
+        if _routing_keeps_logits(shape):
+            terms.append(Term("router", "logits", "T E", FP32 * T * E))
+    elif args.softmax_order == "after":
         terms.append(Term("router", "logits", "T E", FP32 * T * E))
         terms.append(Term("router", "softmax of the chosen", "T K", FP32 * T * K))
     else:
@@ -205,6 +223,18 @@ def router_terms(shape: LayerShape) -> list[Term]:
     return [*terms, *_auxiliary_loss_terms(shape)]
 
 
+def _softmax_over_chosen(args: ModelArgs) -> bool:
+    """As `sonicmoe_kernels.tiles.TopKOptions.over_chosen`."""
+    renormalized = args.renormalize and args.load_balance_coeff is None
+    return args.score_func == "softmax" and (args.softmax_order == "after" or renormalized)
+
+
+def _routing_keeps_logits(shape: LayerShape) -> bool:
+    if shape.routing_kernel:
+        return shape.all_scores or not _softmax_over_chosen(shape.args)
+    return shape.args.softmax_order == "after"
+
+
 def _auxiliary_loss_terms(shape: LayerShape) -> list[Term]:
     """What the auxiliary losses keep beside the scores that the choice keeps anyway."""
     args, T, E = shape.args, shape.num_tokens, shape.args.num_experts
@@ -214,11 +244,11 @@ def _auxiliary_loss_terms(shape: LayerShape) -> list[Term]:
         if args.score_func == "sigmoid":
             terms.append(Term("router losses", "scores", "T E", FP32 * T * E))
             terms.append(Term("router losses", "their sum", "T", FP32 * T))
-        elif after or args.num_expert_groups is not None:
+        elif args.num_expert_groups is not None or (after and not shape.routing_kernel):
             terms.append(Term("router losses", "softmax over all experts", "T E", FP32 * T * E))
         terms.append(Term("router losses", "fraction and mean probability", "2 E", 2 * FP32 * E))
     if args.z_loss_coeff:
-        if not after:  # there the choice keeps them
+        if not _routing_keeps_logits(shape):
             terms.append(Term("router losses", "logits", "T E", FP32 * T * E))
         terms.append(Term("router losses", "log-sum-exp", "T", FP32 * T))
     return terms
@@ -238,6 +268,18 @@ def moe_terms(shape: LayerShape) -> list[Term]:
         *router_terms(shape),
         *shared_expert_terms(shape),
     ]
+
+
+def _repeated_choice_terms(shape: LayerShape) -> list[Term]:
+    """What selective checkpointing keeps so that a repeated forward chooses alike."""
+    args, T, chosen = shape.args, shape.num_tokens, shape.num_tokens * shape.args.top_k
+    terms = [Term("router", "chosen experts", "T K int64", INT64 * chosen)]
+    if not shape.routing_kernel:
+        return [*terms, Term("router", "their keys in the top-k", "T K int64", INT64 * chosen)]
+    terms.append(Term("router", "weights of the chosen", "T K", FP32 * chosen))
+    if shape.all_scores:
+        terms.append(Term("router", "all scores", "T E", FP32 * T * args.num_experts))
+    return terms
 
 
 def layer_terms(shape: LayerShape, checkpointing: Checkpointing = "none") -> list[Term]:
@@ -269,8 +311,7 @@ def layer_terms(shape: LayerShape, checkpointing: Checkpointing = "none") -> lis
         terms.append(Term("dispatch", "X received", "T D", received))
         terms.append(Term("dispatch", "output sent back", "T D", received))
     terms += [
-        Term("router", "top-k values", "T K", FP32 * T * args.top_k),
-        Term("router", "top-k indices", "T K int64", INT64 * T * args.top_k),
+        *_repeated_choice_terms(shape),
         Term("experts", "O", "T D", b * shape.received_tokens * args.dim),
         Term("experts", "H", "R 2 F", b * shape.rows * 2 * args.expert_dim),
     ]

@@ -80,7 +80,7 @@ class ModelArgs:
     load_balance_coeff: float | None = None
     """Step of the aux-loss-free bias on router scores; none turns it off."""
     backend: Backend = "auto"
-    """Experts' kernels: hopper (ours), torch (grouped_mm); auto picks one and says why."""
+    """Kernels of router and experts: hopper (ours) or torch; auto picks one and says why."""
     redispatch_x: bool = False
     """Under expert parallelism save only the local input and send it again in backward."""
 

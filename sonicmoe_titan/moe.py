@@ -123,13 +123,16 @@ class SonicRoutedExperts(RoutedExperts):
     def _plan(self, ids_TK: Tensor, scores_TK: Tensor, scores_TE: Tensor) -> RoutingPlan:
         if self.config.router == "topk" or not self.training:
             num_experts = scores_TE.shape[1]
-            return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=num_experts)
+            return RoutingPlan.from_topk(
+                ids_TK, scores_TK, num_experts=num_experts, backend=self.config.backend
+            )
         return token_rounding_plan(
             ids_TK,
             scores_TK,
             scores_TE,
             rounding=self.config.rounding,
             tile=self.config.rounding_tile,
+            backend=self.config.backend,
         )
 
     def _through_dispatcher(

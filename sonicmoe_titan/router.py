@@ -17,6 +17,7 @@ from torchtitan.models.common.moe import TokenChoiceTopKRouter
 
 from sonicmoe_titan.aux_loss import attach_loss, load_balancing_loss, z_loss
 from sonicmoe_titan.float32_product import float32_product
+from sonicmoe_titan.model_args import Backend
 from sonicmoe_titan.stats import RouterStats, first_pass
 
 ENTROPY_SAMPLE = 1024
@@ -47,6 +48,8 @@ class SonicRouter(TokenChoiceTopKRouter):
         softmax_order: Literal["before", "after"] = "before"
         aux_loss_coeff: float = 0.0
         z_loss_coeff: float = 0.0
+        backend: Backend = "auto"
+        all_scores: bool = True  # whether the block reads all scores in training: token rounding
 
     stats: RouterStats
 
@@ -55,6 +58,8 @@ class SonicRouter(TokenChoiceTopKRouter):
         self.softmax_order = config.softmax_order
         self.aux_loss_coeff = config.aux_loss_coeff
         self.z_loss_coeff = config.z_loss_coeff
+        self.backend: Backend = config.backend
+        self.all_scores = config.all_scores
         self.balance_groups: list[dist.ProcessGroup] = []
         self.loss_share = 1.0
         self.loss_scale: Tensor | None = None
@@ -70,7 +75,8 @@ class SonicRouter(TokenChoiceTopKRouter):
 
         Returns:
             scores (B, L, K) float32, experts (B, L, K) int64, and all scores (B, L, E) float32
-            times the route scale, -inf where the token may not go (node-limited groups).
+            times the route scale, -inf where the token may not go (node-limited groups). Where
+            nobody reads all scores they are one 0 seen as (B, L, E).
 
         Raises:
             ValueError: an auxiliary loss is on and nobody called `set_loss_scale`.
@@ -100,17 +106,26 @@ class SonicRouter(TokenChoiceTopKRouter):
             expert_bias_E=expert_bias_E,
             num_groups=self.num_expert_groups,
             num_limited_groups=self.num_limited_groups,
+            all_scores=self._needs_all_scores(),
+            backend=self.backend,
         )
         if self._debug_force_load_balance:
             topk = self._round_robin(topk)
         if self.training:
             topk = self._observe(logits_TE, topk)
-        K = self.top_k
+        K, scores_TE = self.top_k, topk.scores_TE
+        if not scores_TE.shape[1]:
+            scores_TE = scores_TE.new_zeros(()).expand(B * L, E)
         return (
             topk.scores_TK.view(B, L, K),
             topk.ids_TK.view(B, L, K),
-            topk.scores_TE.view(B, L, E),
+            scores_TE.view(B, L, E),
         )
+
+    def _needs_all_scores(self) -> bool:
+        rounding = self.all_scores and self.training
+        balancing = self.aux_loss_coeff > 0 and self.training
+        return rounding or balancing or self._debug_force_load_balance
 
     def _round_robin(self, topk: TopK) -> TopK:
         """Token after token takes the next K experts, with the scores that they have."""
@@ -159,7 +174,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             return raw_TE / raw_TE.sum(dim=-1, keepdim=True)
         if self.num_expert_groups is not None:
             return logits_TE.softmax(dim=-1)
-        return scores_TE / self.route_scale  # the softmax that autograd keeps anyway
+        return scores_TE if self.route_scale == 1 else scores_TE / self.route_scale
 
     def _entropy(self, logits_TE: Tensor) -> Tensor:
         """Nats summed over all tokens, from a sample: the statistic must cost next to nothing."""

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from sonicmoe_kernels.ops import SAVE_OPS
+from sonicmoe_kernels import ops, routing_ops
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
 
 class SonicSelectiveAC(SelectiveAC):
-    """TorchTitan's policy; the experts are kept too, and no collective of the block runs twice.
+    """TorchTitan's policy; the experts and our top-k are kept too, and no collective runs twice.
 
     What is kept beside the plain block's own: the experts' output and, under expert parallelism,
     the rows that came back, because the policy keeps whole results of an operator.
@@ -19,6 +19,6 @@ class SonicSelectiveAC(SelectiveAC):
         pass
 
     def get_save_ops(self) -> set:
-        """Stock's operators, the experts, and the all-reduce of the load-balancing loss."""
+        """Stock's, the experts, the router's choice, the load-balancing loss's all-reduce."""
         all_reduce = torch.ops._c10d_functional.all_reduce.default
-        return super().get_save_ops() | set(SAVE_OPS) | {all_reduce}
+        return super().get_save_ops() | {*ops.SAVE_OPS, *routing_ops.SAVE_OPS, all_reduce}

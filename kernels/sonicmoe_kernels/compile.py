@@ -36,7 +36,14 @@ from typing import Any, NamedTuple
 
 from sonicmoe_kernels import store
 from sonicmoe_kernels.store import CACHE_VARIABLE, cache_dir
-from sonicmoe_kernels.tiles import Aggregation, RowGemm, WeightGemm
+from sonicmoe_kernels.tiles import (
+    Aggregation,
+    RoutingKernel,
+    RowGemm,
+    TopKBackward,
+    TopKForward,
+    WeightGemm,
+)
 
 __all__ = [
     "Built",
@@ -65,7 +72,7 @@ _compiler = threading.Lock()  # MLIR is not thread-safe
 
 
 # Frozen dataclasses of plain values; each names its `kernel` and the `builder` that compiles it.
-KernelSpec = RowGemm | WeightGemm | Aggregation
+KernelSpec = RowGemm | WeightGemm | Aggregation | TopKForward | TopKBackward | RoutingKernel
 
 
 class Built(NamedTuple):

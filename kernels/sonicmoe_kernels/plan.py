@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sonicmoe_kernels import plan_ops
+from sonicmoe_kernels.backends import Backend, resolve_plan_backend
+
 
 @dataclass(frozen=True)
 class RoutingPlan:
@@ -57,19 +60,24 @@ class RoutingPlan:
         return self.expert_offsets.shape[0] - 1
 
     @staticmethod
-    def from_topk(ids_TK: Tensor, scores_TK: Tensor, *, num_experts: int) -> "RoutingPlan":
+    def from_topk(
+        ids_TK: Tensor, scores_TK: Tensor, *, num_experts: int, backend: Backend = "auto"
+    ) -> "RoutingPlan":
         """Build the plan of a routing in which every token goes to exactly K experts.
 
         Args:
             ids_TK: (T, K) integer experts, distinct within one token.
             scores_TK: (T, K) float scores; gradients flow back through ``score_R``.
             num_experts: E.
+            backend: "hopper" (two kernel launches), "torch" (the same plan from torch's own ops),
+                or "auto": hopper where it can serve these tensors.
 
         Returns:
             A plan with R = R_max = T * K.
 
         Raises:
-            ValueError: shapes that differ, ids that are no integers, scores that are no floats.
+            ValueError: shapes that differ, ids that are no integers, scores that are no floats, a
+                backend that is unknown or cannot run here.
         """
         if ids_TK.ndim != 2 or ids_TK.shape != scores_TK.shape:
             raise ValueError(
@@ -77,6 +85,10 @@ class RoutingPlan:
                 "must both be (T, K)"
             )
         T, K = ids_TK.shape
+        if resolve_plan_backend(backend, ids_TK, num_experts, scores_TK) == "hopper":
+            _check_ids_and_scores(ids_TK, scores_TK)
+            tensors = plan_ops.topk_plan(ids_TK, scores_TK.float(), num_experts)
+            return RoutingPlan(*tensors[:5], rows_per_token=K, num_tokens=T)
         token_T = torch.arange(T, device=ids_TK.device)
         return _plan_of_pairs(
             token_T.unsqueeze(1).expand(T, K).reshape(-1),
@@ -100,7 +112,7 @@ class RoutingPlan:
         valid_P: Tensor | None = None,
         r_max: int | None = None,
     ) -> "RoutingPlan":
-        """Build the plan of any routing, given as pairs in any order.
+        """Build the plan of any routing, given as pairs in any order, from torch's own ops.
 
         Args:
             token_P: (P,) integers in [0, num_tokens).
@@ -241,14 +253,18 @@ def _check_pairs(
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in given.items())
         raise ValueError(f"routing pairs must all be (P,); given {shapes}")
     for name in ("token_P", "expert_P"):
-        if given[name].dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name} is {given[name].dtype}; it must be int32 or int64")
-    if not score_P.dtype.is_floating_point:
-        raise ValueError(f"scores are {score_P.dtype}; they must be a floating-point dtype")
+        _check_ids_and_scores(given[name], score_P, name=name)
     if valid_P is not None and valid_P.dtype != torch.bool:
         raise ValueError(f"valid_P is {valid_P.dtype}; it must be bool")
     if r_max is not None and r_max < 0:
         raise ValueError(f"r_max is {r_max}; it must be at least 0")
+
+
+def _check_ids_and_scores(ids: Tensor, scores: Tensor, *, name: str = "ids_TK") -> None:
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {ids.dtype}; it must be int32 or int64")
+    if not scores.dtype.is_floating_point:
+        raise ValueError(f"scores are {scores.dtype}; they must be a floating-point dtype")
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sonicmoe_kernels import plan_ops
+from sonicmoe_kernels.backends import Backend, resolve_plan_backend
 from sonicmoe_kernels.plan import RoutingPlan
 
 Rounding = Literal["nearest", "stochastic", "score_stochastic", "balance", "up", "down"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+STOCHASTIC = ("stochastic", "score_stochastic")  # those that draw
 
 
 def token_rounding_plan(
@@ -28,6 +31,7 @@ def token_rounding_plan(
     rounding: Rounding,
     tile: int,
     uniform_E: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> RoutingPlan:
     """Round a top-k routing so that every expert's row count is a multiple of ``tile``.
 
@@ -58,15 +62,48 @@ def token_rounding_plan(
         tile: rows per tile, at most T.
         uniform_E: (E,) draws in [0, 1) for the two stochastic variants, which draw from torch's
             default generator if None; the others ignore it.
+        backend: "hopper" (three kernel launches, "balance" four), "torch" (the same plan from
+            torch's own ops), or "auto": hopper where it can serve these tensors.
 
     Returns:
         A plan whose row tensors have the length that ``r_max`` states.
 
     Raises:
         ValueError: an unknown variant, a tile outside [1, T], shapes that do not fit, 2**31 pairs
-            (T * E) or more.
+            (T * E) or more, a backend that is unknown or cannot run here.
     """
     T, E = _check_rounding(ids_TK, scores_TK, scores_TE, rounding, tile, uniform_E)
+    if rounding not in STOCHASTIC:
+        uniform_E = None
+    elif uniform_E is None:
+        uniform_E = torch.rand(E, device=scores_TE.device)
+    else:
+        uniform_E = uniform_E.to(torch.promote_types(uniform_E.dtype, torch.float32))
+    floats = [t for t in (scores_TK, scores_TE, uniform_E) if t is not None]
+    if resolve_plan_backend(backend, ids_TK, E, *floats) == "torch":
+        return _plan_by_sorting(ids_TK, scores_TK, scores_TE, rounding, tile, uniform_E)
+    tensors = plan_ops.rounding_plan(
+        ids_TK,
+        scores_TK.float(),
+        scores_TE.float(),
+        uniform_E,
+        rounding,
+        tile,
+        rounding_r_max(ids_TK.numel(), T, E, rounding=rounding, tile=tile),
+    )
+    return RoutingPlan(*tensors[:5], rows_per_token=None, num_tokens=T)
+
+
+def _plan_by_sorting(
+    ids_TK: Tensor,
+    scores_TK: Tensor,
+    scores_TE: Tensor,
+    rounding: Rounding,
+    tile: int,
+    uniform_E: Tensor | None,
+) -> RoutingPlan:
+    """`token_rounding_plan` from torch's own ops, in any float dtype: what kernels must equal."""
+    T, E = scores_TE.shape
     dtype = torch.promote_types(
         torch.promote_types(scores_TK.dtype, scores_TE.dtype), torch.float32
     )
@@ -159,9 +196,11 @@ def _round_counts(
         case "nearest":
             go_up_E = 2 * over_E > tile
         case "stochastic":
-            go_up_E = _draws(uniform_E, over_E) * tile < over_E
+            assert uniform_E is not None
+            go_up_E = uniform_E * tile < over_E
         case "score_stochastic":
-            go_up_E = _score_draw(ranking, down_E, tile, _draws(uniform_E, over_E))
+            assert uniform_E is not None
+            go_up_E = _score_draw(ranking, down_E, tile, uniform_E)
         case "balance":
             go_up_E = _balance(ranking.chosen_E, can_go_up_E, tile)
         case "up":
@@ -169,10 +208,6 @@ def _round_counts(
         case "down":
             go_up_E = torch.zeros_like(can_go_up_E)
     return down_E + tile * (go_up_E & can_go_up_E)
-
-
-def _draws(uniform_E: Tensor | None, like_E: Tensor) -> Tensor:
-    return torch.rand(like_E.shape, device=like_E.device) if uniform_E is None else uniform_E
 
 
 def _score_draw(ranking: _Ranking, down_E: Tensor, tile: int, uniform_E: Tensor) -> Tensor:

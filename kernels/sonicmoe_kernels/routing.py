@@ -11,10 +11,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sonicmoe_kernels import routing_ops
+from sonicmoe_kernels.backends import Backend, resolve_topk_backend
 from sonicmoe_kernels.plan import RoutingPlan
 from sonicmoe_kernels.rounding import ROUNDINGS, Rounding, rounding_r_max, token_rounding_plan
+from sonicmoe_kernels.tiles import RENORMALIZE_EPS
 
 __all__ = [
+    "RENORMALIZE_EPS",
     "ROUNDINGS",
     "Rounding",
     "RoutingPlan",
@@ -24,18 +28,16 @@ __all__ = [
     "token_rounding_plan",
 ]
 
-# Keeps a token whose chosen sigmoids all underflow finite; vanishes beside any other sum.
-RENORMALIZE_EPS = 1e-20
-
 
 class TopK(NamedTuple):
     """A token-choice routing.
 
     Attributes:
-        ids_TK: (T, K) int64 experts, in no particular order.
+        ids_TK: (T, K) int64 experts, distinct, the best first.
         scores_TK: (T, K) combine weights, with gradient.
         scores_TE: (T, E) every expert's raw score times the route scale, with gradient; -inf where
-            token rounding may not add the pair (outside the token's expert groups).
+            token rounding may not add the pair (outside the token's expert groups). (T, 0) where
+            nobody asked for it.
     """
 
     ids_TK: Tensor
@@ -54,12 +56,20 @@ def route_topk(
     expert_bias_E: Tensor | None = None,
     num_groups: int | None = None,
     num_limited_groups: int | None = None,
+    all_scores: bool = True,
+    backend: Backend = "auto",
 ) -> TopK:
     """Send every token to its K best experts.
 
     The choice is made on the scores (on the logits with ``softmax_order="after"``) plus the bias,
     within each token's best groups; the scores that weight the experts' outputs never see the bias.
-    Equal values are decided as ``torch.topk`` decides them, here and in TorchTitan's router.
+    Without bias and groups it is made on the logits, which order the experts as their scores do but
+    tell apart what rounds to one score. Of equal values (0 and -0 among them) the lowest expert
+    wins. A token with a NaN among its logits gets K distinct experts, no matter which.
+
+    On a Hopper GPU one kernel does all of it, one warp a token, and one its backward; with groups,
+    and elsewhere, it is composed of torch's operations. Both choose alike, except where a bias is
+    added to scores that they round differently. A second derivative is for torch's alone.
 
     Args:
         logits_TE: (T, E) router logits, any float dtype.
@@ -73,9 +83,11 @@ def route_topk(
         num_groups: G; experts fall into G equal groups, and a token uses only its best groups. A
             group's value is the sum of its two best experts.
         num_limited_groups: how many groups a token may use; given with ``num_groups``.
+        all_scores: whether ``scores_TE`` is needed (token rounding, auxiliary losses).
+        backend: "auto" picks by device; "hopper" or "torch" insist (groups take torch's way).
 
     Raises:
-        ValueError: a shape, count or option that is not accepted.
+        ValueError: a shape, count or option that is not accepted, a backend that cannot serve them.
     """
     _check_route_topk(
         logits_TE,
@@ -87,11 +99,28 @@ def route_topk(
         num_groups=num_groups,
         num_limited_groups=num_limited_groups,
     )
+    chosen_backend = resolve_topk_backend(
+        backend, logits_TE.device, logits_TE.dtype, logits_TE.shape[1], top_k
+    )
+    if chosen_backend == "hopper" and num_groups is None:
+        bias_E = None if expert_bias_E is None else expert_bias_E.detach().float()
+        return TopK(
+            *routing_ops.route_topk(
+                logits_TE,
+                bias_E,
+                top_k,
+                score_func,
+                softmax_order,
+                renormalize,
+                route_scale,
+                all_scores,
+            )
+        )
     logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     scores_TE = logits_TE.sigmoid() if score_func == "sigmoid" else logits_TE.softmax(dim=-1)
 
-    choice_TE = logits_TE if softmax_order == "after" else scores_TE
-    choice_TE = choice_TE.detach()
+    on_logits = softmax_order == "after" or (expert_bias_E is None and num_groups is None)
+    choice_TE = logits_TE.detach() if on_logits else scores_TE.detach()
     if expert_bias_E is not None:
         choice_TE = choice_TE + expert_bias_E.detach()
     outside_TE = None
@@ -100,7 +129,7 @@ def route_topk(
             choice_TE, num_groups=num_groups, num_limited_groups=num_limited_groups
         )
         choice_TE = choice_TE.masked_fill(outside_TE, float("-inf"))
-    ids_TK = choice_TE.topk(top_k, dim=-1, sorted=False).indices
+    ids_TK = _best(choice_TE, top_k)
 
     if softmax_order == "after":
         scores_TK = logits_TE.gather(1, ids_TK).softmax(dim=-1)
@@ -109,6 +138,8 @@ def route_topk(
         if renormalize:
             scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + RENORMALIZE_EPS)
     scores_TK = scores_TK * route_scale
+    if not all_scores:
+        return TopK(ids_TK, scores_TK, scores_TE.new_empty((len(scores_TE), 0)))
     scores_TE = scores_TE * route_scale
     if outside_TE is not None:
         scores_TE = scores_TE.masked_fill(outside_TE, float("-inf"))
@@ -139,6 +170,19 @@ def r_max(
     if router == "topk":
         return rows
     return rounding_r_max(rows, num_tokens, num_experts, rounding=rounding, tile=tile)
+
+
+def _best(value_TE: Tensor, top_k: int) -> Tensor:
+    """(T, K) columns of each row's greatest values, the greatest first, of equals the leftmost."""
+    if value_TE.dtype == torch.float64:
+        return value_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    # A key of 64 bits is unique in its row, so that topk has no choice between equals: the value's
+    # bits as an integer of the same order (both zeros are 0), and below them the column from right.
+    bits_TE = value_TE.contiguous().view(torch.int32).long()
+    order_TE = torch.where(bits_TE < 0, -(2**31) - bits_TE, bits_TE)
+    E = value_TE.shape[1]
+    from_right_E = torch.arange(E - 1, -1, -1, device=value_TE.device)
+    return (order_TE * 2**32 + from_right_E).topk(top_k, dim=-1).indices
 
 
 def _outside_best_groups(choice_TE: Tensor, *, num_groups: int, num_limited_groups: int) -> Tensor:

@@ -342,3 +342,176 @@ class Aggregation:
     rows_per_token: int | None
     weighted: bool
     residual: bool = False
+
+
+RoutingStep = Literal["membership", "balance", "token_rounding", "plan_rows", "score_gradient"]
+
+TOKEN_BLOCK = 256  # tokens of one CTA: one 32-byte sector of bits for every expert
+BITS = 32  # tokens of one word of the membership bitmap
+BLOCK_WORDS = TOKEN_BLOCK // BITS
+MAX_ROUTED_EXPERTS = 4096  # 40 bytes of shared memory for each
+MAX_TOP_K = 32  # a token's experts lie in registers
+MAX_ROUTED_TOKENS = 2**20  # each CTA sums the counts of all blocks of tokens
+MAX_PAIRS = 2**31  # T * E and rows are numbered in int32
+NO_SOURCE = -(2**31)  # of a row that nobody owns: its score came from nowhere
+
+
+def count_columns(num_experts: int) -> int:
+    """Columns of a table of counts: E rounded up so that 16 bytes are counts of one block."""
+    return -(-num_experts // 4) * 4
+
+
+@dataclass(frozen=True)
+class RoutingKernel:
+    """Everything a kernel that builds plans is compiled for. Never T or R.
+
+    rounding: the variant of token rounding, None for the plan of a top-k routing. ids: the dtype of
+    the experts' numbers. scores: which scores get a gradient ("chosen" are (T, K), "added" (T, E)).
+    What a step does not depend on is None, so that one object serves all that share it.
+    """
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_routing:build"
+
+    kernel: RoutingStep
+    num_experts: int | None = None
+    top_k: int | None = None
+    ids: Literal["int32", "int64"] | None = None
+    rounding: str | None = None
+    scores: tuple[Literal["chosen", "added"], ...] | None = None
+
+
+def why_illegal_routing(num_experts: int, top_k: int) -> str | None:
+    """The judge of routings for the plan-building kernels: None if they serve it, or the reason."""
+    if not 1 <= num_experts <= MAX_ROUTED_EXPERTS:
+        return f"E={num_experts} is not in [1, {MAX_ROUTED_EXPERTS}] (tables in shared memory)"
+    if not 1 <= top_k <= min(MAX_TOP_K, num_experts):
+        return f"K={top_k} is not in [1, {min(MAX_TOP_K, num_experts)}] (experts in registers)"
+    return None
+
+
+def routing_kernels(
+    num_experts: int,
+    top_k: int,
+    *,
+    rounding: str | None = None,
+    ids: Literal["int32", "int64"] = "int64",
+) -> list[RoutingKernel]:
+    """What building plans launches, in order, and its backward: of top-k, or of one rounding."""
+    E, K = num_experts, top_k
+    if rounding is None:
+        return [
+            RoutingKernel("membership", E, K, ids),
+            RoutingKernel("plan_rows", E, K, ids),
+            RoutingKernel("score_gradient", scores=("chosen",)),
+        ]
+    rounded = "any"  # what depends on there being a rounding, not on which
+    balance = [RoutingKernel("balance", E)] if rounding == "balance" else []
+    return [
+        RoutingKernel("membership", E, K, ids, rounded),
+        *balance,
+        RoutingKernel("token_rounding", rounding=rounding),
+        RoutingKernel("plan_rows", E, K, ids, rounded),
+        RoutingKernel("score_gradient", scores=("chosen", "added")),
+    ]
+
+
+ScoreFunction = Literal["softmax", "sigmoid"]
+SoftmaxOrder = Literal["before", "after"]
+
+TOPK_MAX_EXPERTS = 4096  # a warp keeps a row of logits in registers: 128 a lane
+TOPK_MAX_CHOSEN = 32  # lane k of a warp weighs the k-th chosen expert
+TOPK_WARPS = 8  # of one block, a token each
+TOPK_SHARED_MEMORY = 48 * 1024  # what a block may use without asking for more
+WARP = 32
+# Keeps a token whose chosen sigmoids all underflow finite; vanishes beside any other sum.
+RENORMALIZE_EPS = 1e-20
+
+
+@dataclass(frozen=True)
+class TopKOptions:
+    """What the router's top-k kernels are compiled for. Never T, nor the route scale.
+
+    dtype: of the logits. The other options are those of `routing.route_topk`.
+    """
+
+    num_experts: int
+    top_k: int
+    dtype: Literal["float32", "bfloat16"]
+    score_func: ScoreFunction
+    softmax_order: SoftmaxOrder
+    renormalize: bool
+    has_bias: bool
+
+    @property
+    def over_chosen(self) -> bool:
+        """True when the weights are the softmax over the K chosen logits.
+
+        So it is with "after", and with "before" and renormalisation, whose factors cancel. A bias
+        may leave out an expert that dwarfs the chosen; then the reference's epsilon shows, and the
+        kernels compute as it does.
+        """
+        renormalized = self.renormalize and not self.has_bias
+        return self.score_func == "softmax" and (self.softmax_order == "after" or renormalized)
+
+    @property
+    def vector(self) -> int:
+        """Experts of one load of a lane: as many as 32 lanes can share, a divisor of E."""
+        vector = 4
+        while self.num_experts % vector or (vector > 1 and vector // 2 * WARP >= self.num_experts):
+            vector //= 2
+        return vector
+
+    @property
+    def chunks(self) -> int:
+        """Loads of one lane."""
+        return -(-self.num_experts // (WARP * self.vector))
+
+    @property
+    def per_lane(self) -> int:
+        """Experts of one lane, those past E included."""
+        return self.chunks * self.vector
+
+
+def topk_warps(bytes_per_warp: int) -> int:
+    """Warps of one block of a top-k kernel."""
+    return max(1, min(TOPK_WARPS, TOPK_SHARED_MEMORY // bytes_per_warp))
+
+
+@dataclass(frozen=True)
+class TopKForward(TopKOptions):
+    """The choice and its weights; all_scores: every expert's score is stored too."""
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_topk:build_forward"
+    kernel: ClassVar[str] = "topk"
+
+    all_scores: bool = True
+
+
+@dataclass(frozen=True)
+class TopKBackward(TopKOptions):
+    """dlogits from the gradients of the K weights, of all scores, or of both."""
+
+    builder: ClassVar[str] = "sonicmoe_kernels.cute.build_topk:build_backward"
+    kernel: ClassVar[str] = "topk_backward"
+
+    d_weights: bool = True
+    d_all: bool = True
+
+    @property
+    def reads_logits(self) -> bool:
+        """False when the K weights say everything."""
+        return self.d_all or not self.over_chosen
+
+    @property
+    def reads_weights(self) -> bool:
+        """True when a softmax over the chosen is differentiated."""
+        return self.d_weights and self.over_chosen
+
+
+def why_illegal_topk(spec: TopKOptions) -> str | None:
+    """None if the top-k kernels can be compiled for these options, else the reason."""
+    if not 1 <= spec.num_experts <= TOPK_MAX_EXPERTS:
+        return f"E={spec.num_experts} is not in [1, {TOPK_MAX_EXPERTS}] (a row in registers)"
+    if not 1 <= spec.top_k <= min(TOPK_MAX_CHOSEN, spec.num_experts):
+        return f"K={spec.top_k} is not in [1, min({TOPK_MAX_CHOSEN}, E)] (a lane for each)"
+    return None

@@ -8,6 +8,7 @@ the same directory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import time
@@ -16,9 +17,23 @@ from typing import Literal
 
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.activations import ACTIVATIONS, get_activation
-from sonicmoe_kernels.tiles import ROW_TILES, Aggregation, pick_rows, pick_weights
+from sonicmoe_kernels.rounding import ROUNDINGS
+from sonicmoe_kernels.tiles import (
+    ROW_TILES,
+    Aggregation,
+    ScoreFunction,
+    SoftmaxOrder,
+    TopKBackward,
+    TopKForward,
+    TopKOptions,
+    pick_rows,
+    pick_weights,
+    routing_kernels,
+    why_illegal_routing,
+    why_illegal_topk,
+)
 
-__all__ = ["main", "specs", "warm_up"]
+__all__ = ["main", "plan_specs", "specs", "topk_specs", "warm_up"]
 
 SIZES = ("D", "F", "E", "K")
 Dtype = Literal["bfloat16", "float16"]
@@ -49,6 +64,45 @@ def specs(
         for weighted in (True, False)
     ]
     return [*rows, *weights, *sums]
+
+
+def topk_specs(
+    *,
+    num_experts: int,
+    top_k: int,
+    score_func: ScoreFunction = "softmax",
+    softmax_order: SoftmaxOrder = "before",
+    renormalize: bool = True,
+    has_bias: bool = False,
+) -> list[kernel_cache.KernelSpec]:
+    """Every kernel that `route_topk` launches for these options and fp32 logits.
+
+    With all scores and without; the backward with their gradient and without. None where E or K
+    is too large for the kernels.
+    """
+    options = TopKOptions(
+        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
+    )
+    if why_illegal_topk(options) is not None:
+        return []
+    static = dataclasses.asdict(options)
+    return [
+        *(TopKForward(**static, all_scores=all_scores) for all_scores in (False, True)),
+        *(TopKBackward(**static, d_weights=True, d_all=d_all) for d_all in (False, True)),
+    ]
+
+
+def plan_specs(
+    *, num_experts: int, top_k: int, rounding: str | None = None
+) -> list[kernel_cache.KernelSpec]:
+    """Every kernel that builds plans for these sizes: of top-k and, if given, of one rounding.
+
+    num_experts counts the experts of all ranks. None where E or K is too large for the kernels.
+    """
+    if why_illegal_routing(num_experts, top_k) is not None:
+        return []
+    wanted = dict.fromkeys((None, rounding))
+    return [spec for r in wanted for spec in routing_kernels(num_experts, top_k, rounding=r)]
 
 
 def _build(spec: kernel_cache.KernelSpec) -> str:
@@ -86,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--activation", choices=tuple(ACTIVATIONS), default="swiglu")
+    parser.add_argument("--rounding", choices=ROUNDINGS, help="token rounding; without it, top-k")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args(argv)
     get_activation(arguments.activation)
@@ -101,6 +156,9 @@ def main(argv: list[str] | None = None) -> int:
             activation=arguments.activation,
         )
     ]
+    for shape in arguments.shape:
+        wanted += topk_specs(num_experts=shape["E"], top_k=shape["K"])
+        wanted += plan_specs(num_experts=shape["E"], top_k=shape["K"], rounding=arguments.rounding)
     warm_up(wanted, jobs=arguments.jobs)
     print(f"{len(wanted)} kernels in {kernel_cache.cache_dir()}")
     return 0

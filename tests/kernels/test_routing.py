@@ -92,13 +92,48 @@ def test_routing_equals_the_plain_loop(
         assert int((~topk.scores_TE[token].isneginf()).sum()) == legal
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_best_come_first_and_of_equals_the_lowest_expert(
+    dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Python's sort is stable and takes 0 and -0 for equal."""
+    special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e30, -1e30, math.inf, -math.inf, 1e-40])
+    few = data.draw(st.lists(st.one_of(special, st.floats(-9, 9)), min_size=1, max_size=6))
+    E = data.draw(st.integers(1, 40))
+    drawn = data.draw(st.lists(st.sampled_from(few), min_size=E, max_size=E))
+    K = data.draw(st.integers(1, E))
+    logits_TE = torch.tensor([drawn, drawn[::-1]], dtype=dtype)
+    for options in ({}, {"softmax_order": "after"}, {"score_func": "sigmoid"}):
+        ids_TK = route_topk(logits_TE, top_k=K, renormalize=True, **options).ids_TK
+        for ids, row in zip(ids_TK.tolist(), logits_TE.tolist(), strict=True):
+            assert ids == sorted(range(E), key=lambda expert: -row[expert])[:K]
+
+
+def test_logits_decide_where_their_scores_are_equal() -> None:
+    logits_TE = torch.tensor([[60.0, 61.0, 62.0, 0.0]])
+    assert (logits_TE.sigmoid()[0, :3] == 1).all()
+    topk = route_topk(logits_TE, top_k=2, score_func="sigmoid", renormalize=True)
+    assert topk.ids_TK.tolist() == [[2, 1]]
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
+def test_nan_logits_still_choose_distinct_experts(bad: float) -> None:
+    logits_TE = draw_logits().float()
+    logits_TE[::2, ::3] = bad
+    logits_TE[1] = bad
+    for options in ({}, {"score_func": "sigmoid", "expert_bias_E": torch.ones(12)}):
+        ids_TK = route_topk(logits_TE, top_k=5, renormalize=True, **options).ids_TK
+        ordered_TK = ids_TK.sort(dim=1).values
+        assert (ordered_TK.diff(dim=1) > 0).all() and 0 <= ordered_TK.min() <= ordered_TK.max() < 12
+
+
 def test_softmax_after_and_renormalised_softmax_before_are_the_same() -> None:
     logits_TE = draw_logits()
     before = route_topk(logits_TE, top_k=4, renormalize=True)
     after = route_topk(logits_TE, top_k=4, renormalize=False, softmax_order="after")
     for one, other in zip(before, after, strict=True):
-        if one.shape == (40, 4):
-            one, other = one.sort(dim=1).values, other.sort(dim=1).values
         torch.testing.assert_close(one, other)
     torch.testing.assert_close(after.scores_TK.sum(1), torch.ones(40, dtype=torch.float64))
 

@@ -35,6 +35,7 @@ def test_warmup_builds_every_kernel_of_the_run(
     monkeypatch.setattr("sonicmoe_kernels.warmup.warm_up", record)
     assert cli.run(["warmup", str(CONFIGS / "moe_7b.toml")]) == 0
     assert len(wanted) >= 8 and len(set(wanted)) == len(wanted)
+    assert {"up", "d_weight2", "aggregate", "topk", "topk_backward"} <= {s.kernel for s in wanted}
     assert f"{len(wanted)} kernels in " in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from sonicmoe_titan.memory_measure import SavedTensors
 from sonicmoe_titan.memory_model import LayerShape, experts_terms, moe_terms, total
 from sonicmoe_titan.model import decoder_config
 from sonicmoe_titan.model_args import ModelArgs
+from tests.emulated_topk import emulate
 
 SIZES = (
     # tokens, D, F, E, K
@@ -71,31 +72,37 @@ def test_experts_keep_what_the_model_predicts_to_the_byte(
     assert saved.bytes() == 0
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"renormalize": False},
-        {"softmax_order": "after"},
-        {"score_func": "sigmoid", "route_scale": 2.5},
-        {"shared_expert_dim": 48},
-        {"router": "token_rounding"},
-        {"router": "token_rounding", "rounding": "up", "score_func": "sigmoid"},
-        {"router": "token_rounding", "rounding": "balance", "shared_expert_dim": 16},
-        {"load_balance_coeff": 1e-3, "num_expert_groups": 2, "num_limited_groups": 1},
-        {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
-        {"router": "token_rounding", "aux_loss_coeff": 0.01},
-        {"score_func": "sigmoid", "aux_loss_coeff": 0.01},
-        {"softmax_order": "after", "aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
-        {"aux_loss_coeff": 0.01, "num_expert_groups": 2, "num_limited_groups": 1},
-    ],
-    ids=str,
-)
+BLOCKS = [
+    {},
+    {"renormalize": False},
+    {"softmax_order": "after"},
+    {"score_func": "sigmoid", "route_scale": 2.5},
+    {"shared_expert_dim": 48},
+    {"router": "token_rounding"},
+    {"router": "token_rounding", "rounding": "up", "score_func": "sigmoid"},
+    {"router": "token_rounding", "rounding": "balance", "shared_expert_dim": 16},
+    {"load_balance_coeff": 1e-3, "num_expert_groups": 2, "num_limited_groups": 1},
+    {"aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
+    {"router": "token_rounding", "aux_loss_coeff": 0.01},
+    {"score_func": "sigmoid", "aux_loss_coeff": 0.01},
+    {"softmax_order": "after", "aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
+    {"aux_loss_coeff": 0.01, "num_expert_groups": 2, "num_limited_groups": 1},
+]
+
+
+@pytest.mark.parametrize("changes", BLOCKS, ids=str)
+@pytest.mark.parametrize("routing_kernel", [False, True], ids=["torch_routes", "kernel_routes"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", SIZES[1:], ids=str)
 def test_moe_block_keeps_what_the_model_predicts_within_one_percent(
-    size: tuple[int, ...], changes: dict[str, object], dtype: torch.dtype
+    size: tuple[int, ...],
+    changes: dict[str, object],
+    dtype: torch.dtype,
+    routing_kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if routing_kernel:
+        emulate(monkeypatch)
     args = _args(size, **changes)
     args.validate()
     block = decoder_config(args, seq_len=size[0]).layers[0].moe.build().to(dtype)
@@ -107,7 +114,9 @@ def test_moe_block_keeps_what_the_model_predicts_within_one_percent(
     with SavedTensors([*block.parameters(), *block.buffers()]) as saved:
         out_BLD = block(x_BLD)
 
-    shape = LayerShape(args=args, num_tokens=size[0], value_bytes=dtype.itemsize)
+    shape = LayerShape(
+        args=args, num_tokens=size[0], value_bytes=dtype.itemsize, on_gpu=routing_kernel
+    )
     predicted = total(moe_terms(shape))
     assert saved.bytes() == pytest.approx(predicted, rel=0.01), saved.read()
     out_BLD.float().sum().backward()

@@ -43,7 +43,7 @@ def test_gate_keeps_no_float32_copy_of_its_input():
 
 @pytest.mark.parametrize("style", STYLES)
 def test_choices_and_scores_equal_stock(style):
-    stock, ours = build_pair(style)
+    stock, ours = build_pair(style, router="token_rounding")
     expected_scores, expected_ids, _ = stock.router(batch(), stock.expert_bias_E)
     scores, ids, all_scores = ours.router(batch(), ours.expert_bias_E)
     dense = torch.zeros(B, L, E).scatter(-1, ids, scores)
@@ -52,6 +52,21 @@ def test_choices_and_scores_equal_stock(style):
     masked = all_scores.isneginf()
     assert masked.any().item() == (style == "deepseek_v3")
     assert not masked.gather(-1, ids).any()
+
+
+def test_all_scores_are_computed_only_where_somebody_reads_them():
+    for options, training, wanted in (
+        ({}, True, False),
+        ({"router": "token_rounding"}, True, True),
+        ({"router": "token_rounding"}, False, False),
+        ({"aux_loss_coeff": 0.1}, True, True),
+        ({"aux_loss_coeff": 0.1}, False, False),
+    ):
+        _, block = build_pair("qwen3", **options)
+        set_loss_scale([block], 0.5)
+        _, _, all_scores = block.train(training).router(batch())
+        assert all_scores.shape == (B, L, E)
+        assert all_scores.bool().all().item() is wanted
 
 
 @pytest.mark.parametrize("style", ["qwen3", "unnormalised"])

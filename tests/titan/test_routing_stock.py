@@ -24,22 +24,11 @@ def stock_route(logits_TE: Tensor, bias_E: Tensor | None, **config) -> tuple[Ten
     return ids_BLK[0], scores_BLK[0]
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
-@pytest.mark.parametrize("biased", [False, True], ids=["no_bias", "bias"])
-@pytest.mark.parametrize("groups", [(None, None), (4, 2)], ids=["no_groups", "groups"])
-@pytest.mark.parametrize("route_norm", [False, True], ids=["raw", "renormalised"])
-@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
-@pytest.mark.filterwarnings("ignore:.*autocast")
-def test_ids_scores_and_gradients_equal_stock(
-    score_func: str, route_norm: bool, groups: tuple, biased: bool, ties: bool
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_TE = torch.randn(T, E, generator=generator)
-    if ties:
-        logits_TE = logits_TE.round()
-    logits_TE.requires_grad_()
-    bias_E = 0.1 * torch.randn(E, generator=generator) if biased else None
-    ids_TK, scores_TK = stock_route(
+def both_routes(
+    logits_TE: Tensor, bias_E: Tensor | None, groups: tuple, *, score_func: str, route_norm: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """(ids_TK, scores_TK) of stock and of ours."""
+    stock = stock_route(
         logits_TE,
         bias_E,
         score_func=score_func,
@@ -48,7 +37,7 @@ def test_ids_scores_and_gradients_equal_stock(
         num_expert_groups=groups[0],
         num_limited_groups=groups[1],
     )
-    topk = route_topk(
+    ours = route_topk(
         logits_TE,
         top_k=K,
         score_func=score_func,
@@ -58,7 +47,33 @@ def test_ids_scores_and_gradients_equal_stock(
         num_groups=groups[0],
         num_limited_groups=groups[1],
     )
-    assert topk.ids_TK.equal(ids_TK)
-    assert topk.scores_TK.equal(scores_TK)
-    gradients = [torch.autograd.grad(s.square().sum(), logits_TE) for s in (topk[1], scores_TK)]
+    return [stock, (ours.ids_TK, ours.scores_TK)]
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("groups", [(None, None), (4, 2)], ids=["no_groups", "groups"])
+@pytest.mark.parametrize("route_norm", [False, True], ids=["raw", "renormalised"])
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.filterwarnings("ignore:.*autocast")
+def test_choice_scores_and_gradients_equal_stock(
+    score_func: str, route_norm: bool, groups: tuple, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_TE = torch.randn(T, E, generator=generator).requires_grad_()
+    bias_E = 0.1 * torch.randn(E, generator=generator) if biased else None
+    routes = both_routes(logits_TE, bias_E, groups, score_func=score_func, route_norm=route_norm)
+    dense = [torch.zeros(T, E).scatter(1, ids_TK, scores_TK) for ids_TK, scores_TK in routes]
+    torch.testing.assert_close(*dense)
+    assert dense[0].bool().equal(dense[1].bool())
+    gradients = [torch.autograd.grad(scores.square().sum(), logits_TE) for _, scores in routes]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("score_func", ["softmax", "sigmoid"])
+@pytest.mark.filterwarnings("ignore:.*autocast")
+def test_equal_logits_choose_as_good_experts_as_stock(score_func: str) -> None:
+    """Which of them, stock leaves to torch.topk."""
+    logits_TE = torch.randn(T, E, generator=torch.Generator().manual_seed(0)).round()
+    routes = both_routes(logits_TE, None, (None, None), score_func=score_func, route_norm=False)
+    chosen = [logits_TE.gather(1, ids_TK).sort(dim=1).values for ids_TK, _ in routes]
+    assert chosen[0].equal(chosen[1])
