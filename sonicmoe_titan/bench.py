@@ -13,8 +13,8 @@ from sonicmoe_kernels.routing import RoutingPlan
 from torch import Tensor
 
 from sonicmoe_titan.check import load_checked, microbatch_tokens
+from sonicmoe_titan.run_kernels import local_sizes
 from sonicmoe_titan.toml_config import Command
-from sonicmoe_titan.warmup import local_sizes
 
 USAGE = "usage: sonicmoe bench CONFIG [--KEY VALUE ...]"
 FLOPS_FORWARD, FLOPS_STEP = 6, 18  # times T K D F

@@ -41,10 +41,10 @@ class Command:
             print(usage)
             raise SystemExit(0)
         positional = rest.pop(0) if rest and not rest[0].startswith("-") else None
-        config_file = _pop_option(rest, "--job.config_file", usage) or positional or default
+        config_file = pop_option(rest, "--job.config_file", usage) or positional or default
         if config_file is None:
             raise ConfigError(f"{COMMAND_LINE}: which configuration? {usage}")
-        processes = _pop_option(rest, "--nproc", usage)
+        processes = pop_option(rest, "--nproc", usage)
         if processes is not None and not processes.isdecimal():
             raise ConfigError(f"{COMMAND_LINE}: --nproc = {processes!r}: expected a number")
         print_config = "--print-config" in rest
@@ -67,7 +67,7 @@ class Command:
         return to_toml(config, recipe=table[JOB]["recipe"].value)
 
 
-def _pop_option(arguments: list[str], name: str, usage: str) -> str | None:
+def pop_option(arguments: list[str], name: str, usage: str) -> str | None:
     """Take the last `name VALUE` or `name=VALUE` out of `arguments`."""
     value = None
     for argument in list(arguments):

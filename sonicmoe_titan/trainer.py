@@ -19,6 +19,7 @@ from sonicmoe_titan.memory_fit import (
 from sonicmoe_titan.metrics import SonicMetrics
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
+from sonicmoe_titan.run_kernels import prepare_run
 
 
 class SonicTrainer(Trainer):
@@ -42,6 +43,7 @@ class SonicTrainer(Trainer):
     model_config: Decoder.Config  # pyrefly: ignore [bad-override-mutable-attribute]
 
     def __init__(self, config: Config) -> None:
+        prepare_run(config)  # first: a process group would count this time against its timeout
         super().__init__(config)
         self._check_vocabulary()
         # the shapes of a run never change, so neither does what one forward pass weighs

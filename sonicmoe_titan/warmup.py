@@ -1,47 +1,42 @@
 """`sonicmoe warmup CONFIG`: compile a run's kernels into the shared cache before the job starts."""
 
-import os
+import sys
+
+from sonicmoe_kernels.compile import ARCH
+from sonicmoe_kernels.warmup import check_arch, warm_up
 
 from sonicmoe_titan.check import load_checked
-from sonicmoe_titan.model_args import ModelArgs
-from sonicmoe_titan.toml_config import Command
-from sonicmoe_titan.trainer import SonicTrainer
+from sonicmoe_titan.config_tree import ConfigError
+from sonicmoe_titan.run_kernels import run_specs, why_nothing_to_compile
+from sonicmoe_titan.toml_config import COMMAND_LINE, Command, pop_option
 
-USAGE = "usage: sonicmoe warmup CONFIG [--KEY VALUE ...]"
+USAGE = "usage: sonicmoe warmup CONFIG [--arch sm_90a] [--jobs PROCESSES] [--KEY VALUE ...]"
 
 
 def main(argv: list[str]) -> int:
-    """Build what the cache lacks, with a process per core; needs no GPU. 0 when all is there."""
-    from sonicmoe_kernels.compile import cache_dir
-    from sonicmoe_kernels.warmup import plan_specs, specs, topk_specs, warm_up
+    """Build what the cache lacks, with a process per core; needs no GPU.
 
-    config = load_checked(Command.parse(argv, usage=USAGE), num_processes=None)
-    width, experts = local_sizes(config)
-    model = config.model
-    wanted = specs(d=model.dim, f=width, num_experts=experts, top_k=model.top_k, dtype="bfloat16")
-    if model.num_expert_groups is None:  # else torch routes
-        wanted += topk_specs(
-            num_experts=model.num_experts,
-            top_k=model.top_k,
-            score_func=model.score_func,
-            softmax_order=model.softmax_order,
-            renormalize=model.renormalize,
-            has_bias=model.load_balance_coeff is not None,
-        )
-    wanted += plan_specs(
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        rounding=model.rounding if model.router == "token_rounding" else None,
-    )
-    warm_up(wanted, jobs=os.cpu_count() or 1)
-    print(f"{len(wanted)} kernels in {cache_dir()}")
+    Returns:
+        0 when every kernel is there, 1 when one could not be built.
+
+    Raises:
+        ConfigError: a mistake in the command, the run or the cache's permissions.
+    """
+    rest = list(argv)
+    arch = pop_option(rest, "--arch", USAGE) or ARCH
+    jobs = pop_option(rest, "--jobs", USAGE)
+    if jobs is not None and (not jobs.isdecimal() or int(jobs) < 1):
+        raise ConfigError(f"{COMMAND_LINE}: --jobs = {jobs!r}: expected a number above 0")
+    config = load_checked(Command.parse(rest, usage=USAGE), num_processes=None)
+    try:
+        check_arch(arch)
+        if reason := why_nothing_to_compile(config):
+            print(f"nothing to compile: {reason}")
+            return 0
+        warm_up(run_specs(config), jobs=None if jobs is None else int(jobs), arch=arch)
+    except ValueError as error:
+        raise ConfigError(f"{COMMAND_LINE}: {error}") from None
+    except (OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
-
-
-def local_sizes(config: SonicTrainer.Config) -> tuple[int, int]:
-    """(expert width, experts) of one rank: tensor parallelism splits F unless experts are split."""
-    model: ModelArgs = config.model
-    p = config.parallelism
-    if p.expert_parallel_degree > 1:
-        return model.expert_dim, model.num_experts // p.expert_parallel_degree
-    return model.expert_dim // p.tensor_parallel_degree, model.num_experts

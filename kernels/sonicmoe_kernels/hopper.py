@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels.kernel_lists import experts_specs
+from sonicmoe_kernels.parallel_build import make_ready
 from sonicmoe_kernels.tiles import (
     CLUSTER,
     Aggregation,
@@ -36,6 +38,7 @@ __all__ = [
     "d_weight13",
     "down",
     "dscore_parts",
+    "prepare",
     "up",
 ]
 
@@ -50,6 +53,28 @@ def _num_ctas(device_index: int) -> int:
     """One CTA a multiprocessor, in whole clusters."""
     count = torch.cuda.get_device_properties(device_index).multi_processor_count
     return count // CLUSTER * CLUSTER
+
+
+@functools.cache
+def prepare(
+    d: int,
+    f: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    activation: str,
+    rows_per_token: int | None,
+) -> None:
+    """Compiles what a layer of these sizes launches, forward and backward, all at once."""
+    make_ready(
+        experts_specs(
+            d=d,
+            f=f,
+            num_experts=num_experts,
+            rows_per_token=rows_per_token,
+            dtype=_DTYPES[dtype],
+            activation=activation,
+        )
+    )
 
 
 @functools.cache

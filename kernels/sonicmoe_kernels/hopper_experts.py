@@ -37,10 +37,11 @@ def forward(
     rows_per_token: int | None,
 ) -> tuple[Tensor, Tensor]:
     """O (T, D) and the pre-activation H (R_max, halves, F); A and Y are gone when it returns."""
-    r_max, (_, f, d) = plan.token_idx_R.shape[0], w1_EFD.shape
+    r_max, (num_experts, f, d) = plan.token_idx_R.shape[0], w1_EFD.shape
     h_RHF = x_TD.new_empty((r_max, get_activation(activation).halves, f))
     if r_max == 0:
         return torch.zeros_like(x_TD), h_RHF
+    hopper.prepare(d, f, num_experts, x_TD.dtype, activation, rows_per_token)
     x_TD, w1_EFD, w2_EDF = _aligned(x_TD), _aligned(w1_EFD), _aligned(w2_EDF)
     w3_EFD = None if w3_EFD is None else _aligned(w3_EFD)
     act = {"activation": activation}

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels.parallel_build import make_ready
 from sonicmoe_kernels.tiles import (
     BLOCK_WORDS,
     TOKEN_BLOCK,
     RoutingKernel,
     RoutingStep,
     count_columns,
+    routing_kernels,
 )
 
 __all__ = ["PlanTensors", "plan_of_rounding", "plan_of_topk", "score_gradient"]
@@ -43,6 +45,12 @@ def kernel(
     """The loaded kernel; one look-up a launch."""
     ids_name = None if ids is None else _IDS[ids]
     return kernel_cache.load(RoutingKernel(step, num_experts, top_k, ids_name, rounding, scores))
+
+
+@functools.cache
+def prepare(num_experts: int, top_k: int, ids: torch.dtype, rounding: str | None) -> None:
+    """Compiles what one kind of plan and its backward launch, all at once."""
+    make_ready(routing_kernels(num_experts, top_k, rounding=rounding, ids=_IDS[ids]))
 
 
 class PlanTensors(NamedTuple):
@@ -80,6 +88,7 @@ def plan_of_topk(ids_TK: Tensor, scores_TK: Tensor, num_experts: int) -> PlanTen
         scores_TK: (T, K) float32, contiguous.
     """
     (T, K), E = ids_TK.shape, num_experts
+    prepare(E, K, ids_TK.dtype, None)
     bits, counts = _empty_tables(ids_TK, E)
     if T:
         kernel("membership", E, K, ids_TK.dtype)(ids_TK, None, bits, counts, None, None)
@@ -108,6 +117,7 @@ def plan_of_rounding(
         r_max: length of the row tensors.
     """
     (T, K), E = ids_TK.shape, scores_TE.shape[1]
+    prepare(E, K, ids_TK.dtype, rounding)
     bits, counts = _empty_tables(ids_TK, E)
     addable = torch.empty_like(counts)
     keys = torch.empty(E, bits.shape[0] * TOKEN_BLOCK, dtype=torch.int32, device=ids_TK.device)

@@ -13,15 +13,16 @@ import json
 import logging
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from multiprocessing import connection
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels import store
@@ -87,28 +88,21 @@ def build_all(
     try:
         for worker in workers:
             worker.take(waiting.pop(), root)
-        busy = {worker.answers: worker for worker in workers}
+        busy = {worker.answers.fileno(): worker for worker in workers}
         while busy:
-            for answers in connection.wait(list(busy)):
-                worker = busy[answers]
+            ready, _, _ = select.select(list(busy), [], [])
+            for descriptor in ready:
+                worker = busy[descriptor]
                 yield worker.result()
                 if waiting:
                     worker.take(waiting.pop(), root)
                 else:
-                    del busy[answers]
+                    del busy[descriptor]
     finally:
         for worker in workers:
             worker.process.terminate()
         for worker in workers:
             worker.close()
-
-
-class _Order(NamedTuple):
-    """What a worker is told."""
-
-    spec: KernelSpec
-    arch: str
-    root: Path
 
 
 class _Worker:
@@ -140,19 +134,19 @@ class _Worker:
     def take(self, spec: KernelSpec, root: Path) -> None:
         """Begins with a kernel."""
         self.spec = spec
-        order = base64.b64encode(pickle.dumps(_Order(spec, self.arch, root)))
-        try:
+        order = base64.b64encode(pickle.dumps((spec, self.arch, root)))
+        with suppress(BrokenPipeError):  # it is dead, which `result` reports
             self.orders.write(order + b"\n")
             self.orders.flush()
-        except BrokenPipeError:
-            pass  # it is dead, which `result` reports
 
     def result(self) -> Built:
         """What came of the kernel; waits for it."""
         line = self.answers.readline()
         if not line:
             self.errors.seek(0)
-            said = b"\n".join(self.errors.read().splitlines()[-ERROR_LINES:]).decode(errors="replace")
+            said = b"\n".join(self.errors.read().splitlines()[-ERROR_LINES:]).decode(
+                errors="replace"
+            )
             raise RuntimeError(
                 f"the process that compiled {self.spec} ended with {self.process.wait()} (-9: "
                 f"killed, often for memory; then take fewer jobs). It said: {said or 'nothing'}"
@@ -173,24 +167,24 @@ class _Worker:
             self.process.wait()
         for file in (self.answers, self.errors):
             file.close()
-        try:
+        with suppress(BrokenPipeError):
             self.orders.close()
-        except BrokenPipeError:
-            pass
 
 
-def _answer(order: _Order) -> dict[str, object]:
+def _answer(spec: KernelSpec, arch: str, root: Path) -> dict[str, object]:
     try:
-        built = kernel_cache.build_once(order.spec, arch=order.arch, root=order.root)
+        built = kernel_cache.build_once(spec, arch=arch, root=root)
     except OSError as error:
         return {
             "errno": error.errno,
             "message": error.strerror or str(error),
-            "file": str(error.filename or order.root),
+            "file": str(error.filename or root),
         }
     except Exception as error:
         name = type(error).__name__
-        message = str(error) if isinstance(error, (RuntimeError, ValueError)) else f"{name}: {error}"
+        message = (
+            str(error) if isinstance(error, (RuntimeError, ValueError)) else f"{name}: {error}"
+        )
         return {"error": name, "message": message}
     return {"path": str(built.path), "seconds": built.seconds}
 
@@ -201,7 +195,7 @@ def main() -> None:
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what the compiler prints is no answer
         for line in sys.stdin.buffer:
-            answer = _answer(pickle.loads(base64.b64decode(line)))
+            answer = _answer(*pickle.loads(base64.b64decode(line)))
             print(json.dumps(answer), file=answers, flush=True)
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels.kernel_lists import topk_kernels
+from sonicmoe_kernels.parallel_build import make_ready
 from sonicmoe_kernels.thin_autograd import below_autograd, register
 from sonicmoe_kernels.tiles import TopKBackward, TopKForward, TopKOptions
 
@@ -63,7 +65,8 @@ def _options(
 
 @functools.cache
 def _forward_kernel(options: TopKOptions, all_scores: bool) -> Callable[..., None]:
-    """The loaded kernel; one look-up a launch."""
+    """The loaded kernel; one look-up a launch. The first compiles the backward's too."""
+    make_ready(topk_kernels(options))
     return kernel_cache.load(TopKForward(**dataclasses.asdict(options), all_scores=all_scores))
 
 

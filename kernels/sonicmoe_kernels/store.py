@@ -1,7 +1,8 @@
 """The folder of compiled kernels: whom it trusts, what a whole entry is, one builder at a time.
 
-An entry is a file with a seal at its end: a hash of its bytes and its name. It appears by one rename.
-A file that was cut off, altered, or built as another entry has no valid seal and counts as absent.
+An entry is a file with a seal at its end, a hash of its bytes and its name, and appears by one
+rename. A file that was cut off, altered, or built as another entry has no valid seal and counts as
+absent.
 
 Entries are code that this process runs. So the folder is made for its owner alone, and a folder or
 entry that somebody else (root apart) owns or that others can write is refused.

@@ -8,128 +8,111 @@ the same directory.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import multiprocessing
-import os
+import sys
 import time
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import get_args
 
 from sonicmoe_kernels import compile as kernel_cache
-from sonicmoe_kernels.activations import ACTIVATIONS, get_activation
+from sonicmoe_kernels.activations import ACTIVATIONS
+from sonicmoe_kernels.compile import ARCH, Built
+from sonicmoe_kernels.kernel_lists import Dtype, plan_specs, specs, topk_specs
+from sonicmoe_kernels.parallel_build import build_all, cores
 from sonicmoe_kernels.rounding import ROUNDINGS
-from sonicmoe_kernels.tiles import (
-    ROW_TILES,
-    Aggregation,
-    ScoreFunction,
-    SoftmaxOrder,
-    TopKBackward,
-    TopKForward,
-    TopKOptions,
-    pick_rows,
-    pick_weights,
-    routing_kernels,
-    why_illegal_routing,
-    why_illegal_topk,
-)
 
-__all__ = ["main", "plan_specs", "specs", "topk_specs", "warm_up"]
+__all__ = ["check_arch", "main", "warm_up"]
 
 SIZES = ("D", "F", "E", "K")
-Dtype = Literal["bfloat16", "float16"]
+USERS_MISTAKE, FAILED = 2, 1  # exit codes
 
 
-def specs(
-    *,
-    d: int,
-    f: int,
-    num_experts: int,
-    top_k: int,
-    dtype: Dtype = "bfloat16",
-    activation: str = "swiglu",
-) -> list[kernel_cache.KernelSpec]:
-    """Every kernel that `moe_experts` launches for these sizes, with K rows a token or ragged."""
-    halves = get_activation(activation).halves
-    rows = [
-        pick_rows(kernel, d=d, f=f, num_experts=num_experts, dtype=dtype, activation=activation)
-        for kernel in ROW_TILES
-    ]
-    weights = [
-        pick_weights("d_weight2", d=d, f=f, dtype=dtype),
-        pick_weights("d_weight13", d=d, f=f, halves=halves, dtype=dtype),
-    ]
-    sums = [
-        Aggregation(d, dtype, rows_per_token, weighted)
-        for rows_per_token in (top_k, None)
-        for weighted in (True, False)
-    ]
-    return [*rows, *weights, *sums]
+def check_arch(arch: str) -> None:
+    """Raises ValueError for GPUs that have no kernels here."""
+    if arch != ARCH:
+        raise ValueError(
+            f"arch {arch!r}: the kernels are Hopper's, accepted: {ARCH}. On other GPUs backend "
+            "'torch' computes the experts and their routing; it compiles nothing beforehand"
+        )
 
 
-def topk_specs(
-    *,
-    num_experts: int,
-    top_k: int,
-    score_func: ScoreFunction = "softmax",
-    softmax_order: SoftmaxOrder = "before",
-    renormalize: bool = True,
-    has_bias: bool = False,
-) -> list[kernel_cache.KernelSpec]:
-    """Every kernel that `route_topk` launches for these options and fp32 logits.
+def warm_up(
+    wanted: Iterable[kernel_cache.KernelSpec], *, jobs: int | None = None, arch: str = ARCH
+) -> None:
+    """Builds what the cache lacks, in `jobs` processes (one per core if None), and shows progress.
 
-    With all scores and without; the backward with their gradient and without. None where E or K
-    is too large for the kernels.
+    Raises:
+        OSError: the cache cannot be written.
+        RuntimeError: a kernel cannot be built; the message says what is missing.
+        ValueError: an arch or sizes without kernels, or a cache that is not to be trusted.
     """
-    options = TopKOptions(
-        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
-    )
-    if why_illegal_topk(options) is not None:
-        return []
-    static = dataclasses.asdict(options)
-    return [
-        *(TopKForward(**static, all_scores=all_scores) for all_scores in (False, True)),
-        *(TopKBackward(**static, d_weights=True, d_all=d_all) for d_all in (False, True)),
-    ]
-
-
-def plan_specs(
-    *, num_experts: int, top_k: int, rounding: str | None = None
-) -> list[kernel_cache.KernelSpec]:
-    """Every kernel that builds plans for these sizes: of top-k and, if given, of one rounding.
-
-    num_experts counts the experts of all ranks. None where E or K is too large for the kernels.
-    """
-    if why_illegal_routing(num_experts, top_k) is not None:
-        return []
-    wanted = dict.fromkeys((None, rounding))
-    return [spec for r in wanted for spec in routing_kernels(num_experts, top_k, rounding=r)]
-
-
-def _build(spec: kernel_cache.KernelSpec) -> str:
-    started = time.perf_counter()
-    path = kernel_cache.build(spec)
-    return f"{path.name} {time.perf_counter() - started:.1f} s"
-
-
-def warm_up(wanted: Iterable[kernel_cache.KernelSpec], *, jobs: int) -> None:
-    """Builds what the cache lacks, in `jobs` processes (the compiler is not thread-safe)."""
+    check_arch(arch)
     unique = list(dict.fromkeys(wanted))
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for line in pool.imap_unordered(_build, unique):
-            print(line, flush=True)
+    jobs = cores() if jobs is None else jobs
+    if jobs < 1:
+        raise ValueError(f"jobs = {jobs}: expected a number above 0")
+    missing = [spec for spec in unique if kernel_cache.object_path(spec, arch=arch) is None]
+    started, compiled = time.perf_counter(), 0
+    if missing:
+        kernel_cache.check_tools()
+        with _progress(len(missing)) as show:
+            for built in build_all(missing, jobs=jobs, arch=arch):
+                show(built)
+                compiled += built.seconds > 0
+    seconds = time.perf_counter() - started
+    print(
+        f"{len(unique)} kernels in {kernel_cache.cache_dir()}: {compiled} compiled in "
+        f"{seconds:.1f} s, {len(unique) - compiled} were there"
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Built], None]]:
+    """A bar on a terminal that has `rich`; else a line per kernel."""
+    done = 0
+
+    def line(built: Built) -> None:
+        nonlocal done
+        done += 1
+        print(f"[{done}/{total}] {built.path.stem} {built.seconds:.1f} s", flush=True)
+
+    try:
+        from rich.progress import Progress, TimeElapsedColumn
+    except ImportError:
+        yield line
+        return
+    if not sys.stdout.isatty():
+        yield line
+        return
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn()) as bar:
+        task = bar.add_task("compiling kernels", total=total)
+
+        def advance(built: Built) -> None:
+            bar.update(task, advance=1, description=built.path.stem.split("-")[0])
+
+        yield advance
 
 
 def _shape(text: str) -> dict[str, int]:
-    numbers = [int(part) for part in text.split(",")]
-    if len(numbers) != len(SIZES):
+    try:
+        shape = dict(zip(SIZES, (int(part) for part in text.split(",")), strict=True))
+    except ValueError:
+        shape = {}
+    if not shape or min(shape.values()) < 1 or shape["K"] > shape["E"]:
         wanted = ",".join(SIZES)
-        raise argparse.ArgumentTypeError(f"{text!r}: give {wanted}, such as 1536,256,128,8")
-    return dict(zip(SIZES, numbers, strict=True))
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give {wanted} above 0 with K at most E, such as 1536,256,128,8"
+        )
+    return shape
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; the exit status is 0 when every object is there."""
-    parser = argparse.ArgumentParser(prog="python -m sonicmoe_kernels.warmup", description=__doc__)
+    """Entry point: 0 when every kernel is there, 1 when one could not be built, 2 on a mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sonicmoe_kernels.warmup",
+        description="Compiles the kernels of a layer into the cache ($SONICMOE_CACHE_DIR, else "
+        "~/.cache/sonicmoe/kernels). Needs no GPU.",
+    )
     parser.add_argument(
         "--shape",
         type=_shape,
@@ -138,30 +121,37 @@ def main(argv: list[str] | None = None) -> int:
         metavar=",".join(SIZES),
         help="model width, expert width, local experts, experts per token; repeat it",
     )
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16")
     parser.add_argument("--activation", choices=tuple(ACTIVATIONS), default="swiglu")
     parser.add_argument("--rounding", choices=ROUNDINGS, help="token rounding; without it, top-k")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--arch", default=ARCH, help=f"GPU to compile for ({ARCH})")
+    parser.add_argument("--jobs", type=int, help="processes; one per core otherwise")
     arguments = parser.parse_args(argv)
-    get_activation(arguments.activation)
-    wanted = [
-        spec
-        for shape in arguments.shape
-        for spec in specs(
-            d=shape["D"],
-            f=shape["F"],
-            num_experts=shape["E"],
-            top_k=shape["K"],
-            dtype=arguments.dtype,
-            activation=arguments.activation,
-        )
-    ]
-    for shape in arguments.shape:
-        wanted += topk_specs(num_experts=shape["E"], top_k=shape["K"])
-        wanted += plan_specs(num_experts=shape["E"], top_k=shape["K"], rounding=arguments.rounding)
-    warm_up(wanted, jobs=arguments.jobs)
-    print(f"{len(wanted)} kernels in {kernel_cache.cache_dir()}")
+    try:
+        wanted = []
+        for shape in arguments.shape:
+            experts, top_k = shape["E"], shape["K"]
+            wanted += specs(
+                d=shape["D"],
+                f=shape["F"],
+                num_experts=experts,
+                top_k=top_k,
+                dtype=arguments.dtype,
+                activation=arguments.activation,
+            )
+            wanted += topk_specs(num_experts=experts, top_k=top_k)
+            wanted += plan_specs(num_experts=experts, top_k=top_k, rounding=arguments.rounding)
+        warm_up(wanted, jobs=arguments.jobs, arch=arguments.arch)
+    except ValueError as error:
+        return _failed(error, USERS_MISTAKE)
+    except (OSError, RuntimeError) as error:
+        return _failed(error, FAILED)
     return 0
+
+
+def _failed(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

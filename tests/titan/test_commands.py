@@ -7,8 +7,8 @@ import pytest
 
 from sonicmoe_titan import bench, cli
 from sonicmoe_titan.config_registry import CONFIGS
+from sonicmoe_titan.run_kernels import local_sizes
 from sonicmoe_titan.toml_config import load_config
-from sonicmoe_titan.warmup import local_sizes
 
 DEBUG = str(CONFIGS / "debug.toml")
 
