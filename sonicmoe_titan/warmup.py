@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         warm_up(run_specs(config), jobs=None if jobs is None else int(jobs), arch=arch)
     except ValueError as error:
         raise ConfigError(f"{COMMAND_LINE}: {error}") from None
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

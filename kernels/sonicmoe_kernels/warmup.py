@@ -42,8 +42,7 @@ def warm_up(
     """Builds what the cache lacks, in `jobs` processes (one per core if None), and shows progress.
 
     Raises:
-        OSError: the cache cannot be written.
-        RuntimeError: a kernel cannot be built; the message says what is missing.
+        RuntimeError: a kernel cannot be built or kept; the message says what is missing.
         ValueError: an arch or sizes without kernels, or a cache that is not to be trusted.
     """
     check_arch(arch)
@@ -55,10 +54,17 @@ def warm_up(
     started, compiled = time.perf_counter(), 0
     if missing:
         kernel_cache.check_tools()
-        with _progress(len(missing)) as show:
-            for built in build_all(missing, jobs=jobs, arch=arch):
-                show(built)
-                compiled += built.seconds > 0
+        try:
+            with _progress(len(missing)) as show:
+                for built in build_all(missing, jobs=jobs, arch=arch):
+                    show(built)
+                    compiled += built.seconds > 0
+        except OSError as error:
+            raise RuntimeError(
+                f"the kernel cache {kernel_cache.cache_dir()} cannot be written "
+                f"({error.strerror or error}): free space there, or set "
+                f"{kernel_cache.CACHE_VARIABLE} to a folder that can be written"
+            ) from None
     seconds = time.perf_counter() - started
     print(
         f"{len(unique)} kernels in {kernel_cache.cache_dir()}: {compiled} compiled in "
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         warm_up(wanted, jobs=arguments.jobs, arch=arguments.arch)
     except ValueError as error:
         return _failed(error, USERS_MISTAKE)
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         return _failed(error, FAILED)
     return 0
 

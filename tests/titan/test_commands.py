@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sonicmoe_titan import bench, cli
+from sonicmoe_titan import bench, cli, run_kernels
 from sonicmoe_titan.config_registry import CONFIGS
 from sonicmoe_titan.run_kernels import local_sizes
 from sonicmoe_titan.toml_config import load_config
@@ -23,20 +23,70 @@ def test_sizes_are_what_parallelism_leaves_to_a_rank() -> None:
     assert sizes(ep) == sizes(tp, ep) == (64, 4)
 
 
-def test_warmup_builds_every_kernel_of_the_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def wanted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the warm-up is asked for, which is not built here."""
+    specs: list[Any] = []
+
+    def record(asked: Sequence[Any], *, jobs: int | None = None, arch: str = "") -> None:
+        specs.extend(asked)
+
+    monkeypatch.setattr("sonicmoe_titan.warmup.warm_up", record)
+    monkeypatch.setattr("sonicmoe_titan.run_kernels.make_ready", record)
+    return specs
+
+
+def test_warmup_and_a_rank_build_every_kernel_of_the_run(
+    wanted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("cutlass")
-    wanted: list[Any] = []
+    config = str(CONFIGS / "moe_7b.toml")
+    assert cli.run(["warmup", config, "--jobs", "2", "--model.router", "token_rounding"]) == 0
+    kernels = {spec.kernel for spec in wanted}
+    assert kernels >= {"up", "down", "d_hidden", "d_input", "d_weight2", "d_weight13", "aggregate"}
+    assert kernels >= {"topk", "topk_backward", "token_rounding", "plan_rows"}
+    before, wanted[:] = list(wanted), []
+    run = load_config(config, ["--model.router", "token_rounding"])
+    run_kernels.prepare_run(run)
+    assert wanted == []  # no GPU
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(run_kernels, "resolve_backend", lambda *facts: "hopper")
+    run_kernels.prepare_run(run)
+    assert wanted == before
 
-    def record(specs: Sequence[Any], *, jobs: int) -> None:
-        wanted.extend(specs)
 
-    monkeypatch.setattr("sonicmoe_kernels.warmup.warm_up", record)
-    assert cli.run(["warmup", str(CONFIGS / "moe_7b.toml")]) == 0
-    assert len(wanted) >= 8 and len(set(wanted)) == len(wanted)
-    assert {"up", "d_weight2", "aggregate", "topk", "topk_backward"} <= {s.kernel for s in wanted}
-    assert f"{len(wanted)} kernels in " in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("--model.backend=torch",), 'model.backend = "torch"'),
+        (("--parallelism.tensor_parallel_degree=2",), "F = 32 of a rank"),
+    ],
+)
+def test_warmup_says_when_a_run_needs_none(
+    overrides: tuple[str, ...],
+    reason: str,
+    wanted: list[Any],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["warmup", DEBUG, *overrides]) == 0
+    assert wanted == []
+    output = capsys.readouterr().out
+    assert output.startswith("nothing to compile: ") and reason in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--arch", "sm_100a"), "accepted: sm_90a"),
+        (("--jobs", "many"), "--jobs = 'many': expected a number above 0"),
+        (("--model.backend=hopper", "--model.dim=72"), "D=72"),
+    ],
+)
+def test_a_mistake_in_a_warmup_is_one_line(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["warmup", DEBUG, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 def test_bench_times_the_experts(
