@@ -22,6 +22,7 @@ from torchtitan.models.common.config_utils import (
     make_router_config,
 )
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
@@ -31,7 +32,6 @@ from torchtitan.protocols.module import Module
 from sonicmoe_titan.conversion import to_sonic
 from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
 from sonicmoe_titan.model_args import ModelArgs
-from sonicmoe_titan.moe import SonicMoE
 from sonicmoe_titan.parallelize import parallelize_decoder
 
 _ATTENTION: dict[str, type[Module]] = {
@@ -118,7 +118,7 @@ def _block_config(args: ModelArgs, *, seq_len: int) -> Qwen3TransformerBlock.Con
     )
 
 
-def _moe_config(args: ModelArgs) -> SonicMoE.Config:
+def _moe_config(args: ModelArgs) -> MoE.Config:
     init, residual_init = _init(args.init_std), _init(_residual_std(args))
     shared = None
     if args.shared_expert_dim:
@@ -153,6 +153,8 @@ def _moe_config(args: ModelArgs) -> SonicMoE.Config:
             comm_backend="standard",
         ),
     )
+    if args.moe == "stock":
+        return stock
     return to_sonic(
         stock,
         router=args.router,

@@ -6,6 +6,7 @@ from typing import Literal
 
 Attention = Literal["auto", "sdpa", "flex", "varlen"]
 Backend = Literal["auto", "hopper", "torch"]
+MoEBlock = Literal["sonic", "stock"]
 Router = Literal["topk", "token_rounding"]
 Rounding = Literal["nearest", "stochastic", "score_stochastic", "balance", "up", "down"]
 
@@ -51,6 +52,9 @@ class ModelArgs:
     attention: Attention = "auto"
     """Attention kernel: sdpa is causal over the whole sequence; flex and varlen (CUDA only) also
     mask across documents. auto is sdpa."""
+    moe: MoEBlock = "sonic"
+    """sonic: this project's block. stock: TorchTitan's own, to compare with; it knows neither token
+    rounding nor the auxiliary losses."""
     router: Router = "topk"
     """topk: token choice. token_rounding: in training, whole tiles of tokens for each expert."""
     rounding: Rounding = "nearest"
@@ -130,6 +134,17 @@ class ModelArgs:
                 "use 'before'"
             )
         self._validate_groups()
+        self._validate_stock()
+
+    def _validate_stock(self) -> None:
+        if self.moe == "sonic":
+            return
+        for key, lacking in _NOT_IN_STOCK.items():
+            if getattr(self, key) != lacking:
+                raise ValueError(
+                    f"model.{key} = {getattr(self, key)!r}: TorchTitan's own block has no such "
+                    f"option; with model.moe = 'stock' set it to {lacking!r}"
+                )
 
     def _validate_groups(self) -> None:
         groups, limited = self.num_expert_groups, self.num_limited_groups
@@ -171,5 +186,13 @@ _POSITIVE = (
     *("top_k", "vocab_size", "rope_theta", "norm_eps", "init_std", "rounding_tile"),
     *("route_scale", "num_expert_groups", "num_limited_groups", "load_balance_coeff"),
 )
+_NOT_IN_STOCK = {
+    "router": "topk",
+    "softmax_order": "before",
+    "aux_loss_coeff": 0.0,
+    "z_loss_coeff": 0.0,
+    "backend": "auto",
+    "redispatch_x": False,
+}
 _NOT_NEGATIVE = ("shared_expert_dim", "aux_loss_coeff", "z_loss_coeff")
 assert {*_POSITIVE, *_NOT_NEGATIVE} <= {field.name for field in dataclasses.fields(ModelArgs)}

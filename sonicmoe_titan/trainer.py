@@ -43,16 +43,11 @@ class SonicTrainer(Trainer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        entries = self.tokenizer.get_vocab_size()
-        if entries > config.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size = {config.model.vocab_size}: the tokenizer has {entries} "
-                "entries, expected at least as many"
-            )
         self._check_vocabulary()
         # the shapes of a run never change, so neither does what one forward pass weighs
         set_loss_scale(self.model_parts, 1 / self._forward_passes())
-        self._account_activations()
+        if config.model.moe == "sonic":  # the memory model knows no other block
+            self._account_activations()
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor

@@ -113,6 +113,9 @@ def _experts_backward(
     plan = reference.PlanTensors(token_idx, score, expert_offsets, token_offsets, token_rows)
     resolved = _resolve(backend, x, w1)
     in_place = {"overwrite_h": True} if overwrite_h and resolved == "hopper" else {}
+    if in_place:
+        # torch does so by itself for its own ops and custom_op, not for Library.define
+        torch.autograd.graph.increment_version(h)
     gradients = _BACKENDS[resolved].backward(
         dout,
         x,

@@ -67,8 +67,13 @@ def _tiles() -> list[tuple[str, RowTile]]:
 @pytest.mark.parametrize(("kernel", "tile"), _tiles(), ids=str)
 def test_every_tile_of_the_table_is_right(kernel: str, tile: RowTile) -> None:
     case = Case(2000, 768, 256, E=24, K=3, routing="tile_edges")
-    gemm = RowGemm(kernel, case.D, case.F, case.E, "bfloat16", case.activation, tile)
-    assert why_illegal(gemm) is None
+    # The narrowest tile of `up` has no room for two sources: it serves activations without gate.
+    cases = [dataclasses.replace(case, activation=name) for name in ("swiglu", "silu")]
+    case = next(
+        c
+        for c in cases
+        if why_illegal(RowGemm(kernel, c.D, c.F, c.E, "bfloat16", c.activation, tile)) is None
+    )
     with forced_tile(kernel, tile):
         CHECKS[kernel](make_problem(case, torch.bfloat16))
 
@@ -134,5 +139,5 @@ def test_wrong_dtypes_and_shapes_are_refused() -> None:
     a, y = (torch.zeros(problem.r_max, n, device="cuda").to(w2) for n in (case.F, case.D))
     kernel = kernel_cache.load(hopper.row_gemm("down", case.D, case.F, case.E, w2.dtype, "swiglu"))
     for wrong in (a.half(), a[:, 1:].contiguous(), a[1:]):
-        with pytest.raises((TypeError, ValueError), match="Mismatched Tensor"):
+        with pytest.raises((TypeError, ValueError), match="Mismatched"):
             kernel(wrong, problem.expert_offsets, w2, y, 2)

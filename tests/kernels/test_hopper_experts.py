@@ -11,8 +11,9 @@ import dataclasses
 
 import pytest
 import torch
-from sonicmoe_kernels import hopper, hopper_experts, reference
+from sonicmoe_kernels import hopper, hopper_experts, ops, reference
 from sonicmoe_kernels.activations import ACTIVATIONS, get_activation
+from sonicmoe_kernels.moe import moe_experts
 
 from tests.cases import Case, make_inputs, make_plan
 
@@ -40,7 +41,7 @@ def reference_kernels(monkeypatch):
     def d_hidden(dout, index, offsets, w2, score, h, dh, a, dscore, *, activation):
         plan = plan_of(index, offsets, score)
         results = reference.d_hidden(dout, w2, h.clone(), plan, activation=activation)
-        dh.copy_(results[0])
+        dh.data.copy_(results[0])  # as a kernel writes: unseen by autograd
         a.copy_(results[1])
         dscore.copy_((results[2] / DSCORE_PARTS).expand(DSCORE_PARTS, -1))
 
@@ -107,6 +108,18 @@ def test_h_changes_only_when_it_may_be_overwritten():
     over = hopper_experts.backward(dout, x, w1, w3, w2, h, plan, **keywords, overwrite_h=True)
     assert not torch.equal(h, before)
     assert all(torch.equal(a, b) for a, b in zip(apart, over, strict=True))
+
+
+def test_a_second_backward_through_an_overwritten_h_raises_torchs_own_error(monkeypatch):
+    monkeypatch.setattr(ops, "_resolve", lambda backend, x, w1: "hopper")
+    inputs = make_inputs(CASE, dtype=torch.float32)
+    leaves = [t.requires_grad_() for t in inputs[:4]]
+    for inplace_dh in (False, True):
+        out = moe_experts(*leaves, make_plan(CASE, inputs.pairs), inplace_dh=inplace_dh)
+        torch.autograd.grad(out, leaves, inputs.dout_TD, retain_graph=True)
+        refused = pytest.raises(RuntimeError, match="modified by an inplace operation")
+        with refused if inplace_dh else contextlib.nullcontext():
+            torch.autograd.grad(out, leaves, inputs.dout_TD)
 
 
 @pytest.mark.parametrize("unwanted", ["needs_dx", "needs_dw13", "needs_dw2"])

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchtitan.models.common.moe import MoE
 
 from sonicmoe_titan.check import check_run, microbatch_tokens
 from sonicmoe_titan.config_registry import CONFIGS, RECIPES
-from sonicmoe_titan.model_args import parameter_counts
+from sonicmoe_titan.model import decoder_config
+from sonicmoe_titan.model_args import ModelArgs, parameter_counts
+from sonicmoe_titan.moe import SonicMoE
 from sonicmoe_titan.toml_config import load_config
 
 FILES = sorted(CONFIGS.glob("*.toml"))
@@ -109,3 +112,24 @@ def test_debug_configuration_is_small_but_whole() -> None:
 
 def test_every_file_is_a_recipe() -> None:
     assert set(RECIPES) == {"base", *(path.stem for path in FILES)}
+
+
+def _tiny_args(**options: object) -> ModelArgs:
+    sizes = {"num_layers": 1, "dim": 64, "num_heads": 2, "expert_dim": 32, "num_experts": 8}
+    return ModelArgs(**sizes, top_k=2, vocab_size=128, **options)  # pyrefly: ignore[bad-argument-type]
+
+
+def test_the_stock_block_has_our_parameters():
+    ours, stock = (
+        decoder_config(_tiny_args(moe=block), seq_len=16) for block in ("sonic", "stock")
+    )
+    assert type(stock.layers[0].moe) is MoE.Config
+    assert type(ours.layers[0].moe) is SonicMoE.Config
+    names = [{n: p.shape for n, p in c.build().named_parameters()} for c in (ours, stock)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("option", [{"router": "token_rounding"}, {"z_loss_coeff": 1e-3}])
+def test_the_stock_block_refuses_what_it_lacks(option):
+    with pytest.raises(ValueError, match=rf"model\.{next(iter(option))} = .*model.moe = 'stock'"):
+        _tiny_args(moe="stock", **option).validate()
