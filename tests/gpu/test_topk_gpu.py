@@ -44,6 +44,12 @@ SOME = Case(128, 8)
 SEARCHED = Case(512, 8)
 
 
+@pytest.fixture(autouse=True)
+def _compile_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not, as a run does, at once what the same options may need later."""
+    monkeypatch.setattr(routing_ops, "make_ready", lambda specs: None)
+
+
 def poison(*shapes: tuple[int, ...]) -> None:
     """Leave NaN (as integers: experts that do not exist) where the next tensors will lie."""
     for shape in shapes:
