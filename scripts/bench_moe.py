@@ -3,9 +3,18 @@
 
     python scripts/bench_moe.py --shapes 7b 1.4b --impls sonicmoe torch --out docs/benchmarks
     python scripts/bench_moe.py --impls sonicmoe official --pythonpath official=/opt/official/site
+    python scripts/bench_moe.py --report --out docs/benchmarks      tables and figures again, no GPU
 
 Every implementation runs in a process of its own (they need different CuTe DSL versions), rounds
-alternate between them, and medians over the rounds are written as JSON, CSV, Markdown and figures.
+alternate between them, and medians over the rounds are written as JSON after every shape. With
+--append shapes and implementations that the JSON holds already stay unless measured again. CSV,
+Markdown and figures are made of the JSON at the end.
+
+The first round of a shape compiles and tunes. What a package keeps on disk it finds again:
+    sonicmoe  SONICMOE_CACHE_DIR, filled by python -m sonicmoe_kernels.warmup
+    official  QUACK_CACHE_DIR with QUACK_CACHE_AUTOTUNING=1; with QUACK_COMPILE_WORKERS=1 it starts
+              no compilers when the objects are there
+    official, liger    TRITON_CACHE_DIR with TRITON_CACHE_AUTOTUNING=1
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -13,7 +22,6 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import json
@@ -22,6 +30,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +39,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
+import bench_moe_report as report  # noqa: E402
 import roofline  # noqa: E402
 
 from tests.cases import BENCHMARK_CASES, Case  # noqa: E402
 
-IMPLEMENTATIONS = ("sonicmoe", "torch", "official", "liger")
-NAME = "moe_layer_h100"
 STEP_FLOPS = 18  # times T K D F, forward and backward
+PROBE_TOLERANCE = 0.1  # right results differ by about 0.01, wrong ones by about 1
 
 
 class OurKernel(NamedTuple):
@@ -58,10 +67,14 @@ OUR_KERNELS = {
 
 
 class WorkerProcess:
-    """One implementation in a process of its own; requests and answers are JSON lines."""
+    """One implementation in a process of its own; requests and answers are JSON lines.
+
+    A `pythonpath` replaces the inherited one, so that no package of another implementation is seen.
+    """
 
     def __init__(self, name: str, pythonpath: str | None, log: Path) -> None:
-        paths = [str(ROOT), str(ROOT / "kernels"), pythonpath, os.environ.get("PYTHONPATH")]
+        inherited = os.environ.get("PYTHONPATH") if pythonpath is None else pythonpath
+        paths = [str(ROOT), str(ROOT / "kernels"), inherited]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
         self.log = log.open("w")
         self.process = subprocess.Popen(
@@ -73,10 +86,10 @@ class WorkerProcess:
             text=True,
         )
 
-    def ask(self, case: Case, seconds: float) -> dict:
+    def ask(self, case: Case, seconds: float, *, details: bool) -> dict:
         """One round of `case`, or {"error": ...}."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        request = {"case": dataclasses.asdict(case), "seconds": seconds}
+        request = {"case": dataclasses.asdict(case), "seconds": seconds, "details": details}
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -101,181 +114,128 @@ def per_kernel(kernels: dict[str, float], case: Case) -> dict[str, dict[str, flo
     return table
 
 
-def commit() -> str:
-    """The checked-out commit, or 'unknown' outside a repository."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or os.environ.get("SONICMOE_COMMIT", "unknown")
+def _first_line(command: list[str]) -> str:
+    """What a command prints first, or an empty string when it cannot run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip().partition("\n")[0]
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> list[dict]:
-    """Alternate rounds over implementations, shape by shape; one record each."""
-    pythonpaths = dict(entry.split("=", 1) for entry in arguments.pythonpath)
-    workers = {
-        name: WorkerProcess(name, pythonpaths.get(name), folder / f"{NAME}_{name}.log")
-        for name in arguments.impls
-    }
-    records = []
-    for shape in arguments.shapes:
-        case = BENCHMARK_CASES[shape]
-        rounds: dict[str, list[dict]] = {name: [] for name in workers}
-        for _ in range(arguments.rounds):
-            for name, worker in workers.items():
-                answer = worker.ask(case, arguments.seconds)
-                if "error" in answer:
-                    print(f"{shape} {name}: {answer['error']}", file=sys.stderr)
-                else:
-                    rounds[name].append(answer)
-        records += [summarise(shape, name, answers) for name, answers in rounds.items() if answers]
-        for record in records[-len(workers) :]:
-            print(line(record), flush=True)
-    return records
-
-
-def summarise(shape: str, name: str, answers: list[dict]) -> dict:
-    """Medians over the rounds of one implementation."""
-    case = BENCHMARK_CASES[shape]
-    numbers = [key for key, value in answers[0].items() if isinstance(value, int | float)]
-    record = {key: statistics.median(a[key] for a in answers) for key in numbers}
-    kernels = {
-        key: statistics.median(a["kernels"].get(key, 0.0) for a in answers)
-        for key in answers[0]["kernels"]
-    }
-    spread = [a["fwd_bwd_ms"] for a in answers]
+def environment() -> dict[str, object]:
+    """Where and when: what every record of this run has in common."""
+    head = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
-        "shape": shape,
-        **{key: getattr(case, key) for key in ("T", "D", "F", "E", "K")},
-        "impl": name,
-        **record,
-        "fwd_bwd_ms_rounds": spread,
-        "tflops": STEP_FLOPS * case.T * case.K * case.D * case.F / record["fwd_bwd_ms"] * 1e-9,
-        "floor_ms": sum(
-            work.floor_ms
-            for work in roofline.kernels(case.T, case.D, case.F, case.E, case.K).values()
-        ),
-        "per_kernel": per_kernel(kernels, case) if name == "sonicmoe" else kernels,
         "device": torch.cuda.get_device_name(),
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "commit": commit(),
+        "driver": _first_line(query) or "unknown",
+        "commit": os.environ.get("SONICMOE_COMMIT") or _first_line(head) or "unknown",
         "date": datetime.date.today().isoformat(),
     }
 
 
-def line(record: dict) -> str:
-    """One record as a line of the console's table."""
-    return (
-        f"{record['shape']:10s} {record['impl']:9s} fwd {record['fwd_ms']:7.3f} "
-        f"bwd {record['bwd_ms']:7.3f} both {record['fwd_bwd_ms']:7.3f} ms, kernels "
-        f"{record['kernel_ms']:7.3f} ({record['kernel_ms'] / record['floor_ms']:.2f}x floor), "
-        f"{record['tflops']:.0f} TFLOP/s, host {record['host_us']:.0f} us"
-    )
-
-
-def write_tables(records: list[dict], folder: Path) -> None:
-    """JSON (everything), CSV (scalars) and Markdown (what a reader compares)."""
-    (folder / f"{NAME}.json").write_text(json.dumps(records, indent=1) + "\n")
-    scalars = [k for k, v in records[0].items() if isinstance(v, int | float | str)]
-    with (folder / f"{NAME}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, scalars, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(records)
-    first = records[0]
-    lines = [
-        "# The experts of one MoE layer on an H100",
-        "",
-        f"{first['device']}, torch {first['versions']['torch']}, commit {first['commit']}, "
-        f"{first['date']}; `python scripts/bench_moe.py`. bf16, routing given, balanced. Medians "
-        "over alternating rounds of a sustained loop; kernel time is the profiler's sum. Floors: "
-        f"{roofline.TFLOPS:.0f} TFLOP/s and {roofline.TERABYTES_PER_S} TB/s.",
-        "",
-        "| shape | T, D, F, E, K | implementation | forward ms | backward ms | both ms "
-        "| kernels ms | kernels / floor | TFLOP/s | host us | saved MiB | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        sizes = ", ".join(str(r[key]) for key in ("T", "D", "F", "E", "K"))
-        lines.append(
-            f"| {r['shape']} | {sizes} | {r['impl']} | {r['fwd_ms']:.3f} | {r['bwd_ms']:.3f} | "
-            f"{r['fwd_bwd_ms']:.3f} | {r['kernel_ms']:.3f} | "
-            f"{r['kernel_ms'] / r['floor_ms']:.2f} | {r['tflops']:.0f} | {r['host_us']:.0f} | "
-            f"{r['saved_bytes'] / 2**20:.0f} | {r['peak_bytes'] / 2**20:.0f} |"
-        )
-    ours = [r for r in records if r["impl"] == "sonicmoe"]
-    if ours:
-        names = list(ours[0]["per_kernel"])
-        lines += ["", "## Ours, kernel by kernel: ms (times its floor)", ""]
-        lines += ["| shape | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-        for r in ours:
-            cells = [
-                f"{k['ms']:.3f} ({k['ms'] / k['floor_ms']:.2f})"
-                if k["floor_ms"]
-                else f"{k['ms']:.3f}"
-                for k in r["per_kernel"].values()
-            ]
-            lines.append(f"| {r['shape']} | " + " | ".join(cells) + " |")
-    (folder / f"{NAME}.md").write_text("\n".join(lines) + "\n")
-
-
-def write_figures(records: list[dict], folder: Path) -> None:
-    """Throughput and saved memory by shape, one bar per implementation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    colors = dict(zip(IMPLEMENTATIONS, ("#0072B2", "#999999", "#E69F00", "#009E73"), strict=True))
-    shapes = list(dict.fromkeys(r["shape"] for r in records))
-    impls = [name for name in IMPLEMENTATIONS if any(r["impl"] == name for r in records)]
-    panels = {
-        "tflops": ("forward + backward, TFLOP/s", 1.0),
-        "memory": ("kept for backward, MiB", 2.0**20),
+def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> None:
+    """Alternate rounds over implementations, shape by shape; `path` is rewritten after each."""
+    pythonpaths = dict(entry.split("=", 1) for entry in arguments.pythonpath)
+    workers = {
+        name: WorkerProcess(name, pythonpaths.get(name), path.with_name(f"bench_{name}.log"))
+        for name in arguments.impls
     }
-    for panel, (label, unit) in panels.items():
-        key = "tflops" if panel == "tflops" else "saved_bytes"
-        figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-        width = 0.8 / len(impls)
-        for i, name in enumerate(impls):
-            values = {r["shape"]: r[key] / unit for r in records if r["impl"] == name}
-            at = [x + (i - (len(impls) - 1) / 2) * width for x in range(len(shapes))]
-            bars = axes.bar(
-                at, [values.get(s, 0) for s in shapes], width, label=name, color=colors[name]
-            )
-            axes.bar_label(bars, fmt="%.0f", fontsize=7)
-        if panel == "tflops":
-            for x, shape in enumerate(shapes):
-                r = next(r for r in records if r["shape"] == shape)
-                flops = STEP_FLOPS * r["T"] * r["K"] * r["D"] * r["F"]
-                ceiling = flops / r["floor_ms"] * 1e-9
-                axes.hlines(ceiling, x - 0.45, x + 0.45, color="black", linestyle="dashed")
-            axes.plot([], [], color="black", linestyle="dashed", label="sum of floors")
-        axes.set_xticks(range(len(shapes)), shapes)
-        axes.set_ylabel(label)
-        axes.legend(fontsize=8, ncols=len(impls) + 1, loc="upper left")
-        axes.margins(y=0.2)
-        first = records[0]
-        axes.set_title(f"{first['device']}, {first['date']}, {first['commit']}", fontsize=9)
-        figure.savefig(folder / f"{NAME}_{panel}.png", dpi=150)
-        plt.close(figure)
+    common = environment()
+    for shape in arguments.shapes:
+        began = time.monotonic()
+        rounds = _rounds(shape, workers, arguments)
+        new = [summarise(shape, name, answers) | common for name, answers in rounds.items()]
+        _compare_probes(new)
+        measured = {(r["shape"], r["impl"]) for r in new}
+        records[:] = [r for r in records if (r["shape"], r["impl"]) not in measured] + new
+        path.write_text(json.dumps(records, indent=1) + "\n")
+        for record in new:
+            print(report.line(record))
+        print(f"{shape}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _rounds(
+    shape: str, workers: dict[str, WorkerProcess], arguments: argparse.Namespace
+) -> dict[str, list[dict]]:
+    """Answers of every implementation; one that fails gets no further round of this shape."""
+    rounds: dict[str, list[dict]] = {name: [] for name in workers}
+    for number in range(arguments.rounds):
+        for name in list(rounds):
+            began = time.monotonic()
+            details = number == arguments.rounds - 1
+            case = BENCHMARK_CASES[shape]
+            answer = workers[name].ask(case, arguments.seconds, details=details)
+            if "error" in answer:
+                print(f"{shape} {name}: {answer['error']}", file=sys.stderr)
+                del rounds[name]
+                continue
+            rounds[name].append(answer)
+            if number == 0:
+                print(f"{shape} {name}: first round {time.monotonic() - began:.1f} s", flush=True)
+    return rounds
+
+
+def summarise(shape: str, name: str, answers: list[dict]) -> dict:
+    """Medians over the rounds of one implementation, and the last round's details."""
+    case, details = BENCHMARK_CASES[shape], answers[-1]
+    timings = ("fwd_ms", "bwd_ms", "fwd_bwd_ms", "host_us")
+    record = {key: statistics.median(a[key] for a in answers) for key in timings}
+    floors = roofline.kernels(case.T, case.D, case.F, case.E, case.K).values()
+    kernels = details["kernels"]
+    return {
+        "shape": shape,
+        **{key: getattr(case, key) for key in ("T", "D", "F", "E", "K", "routing")},
+        "impl": name,
+        **record,
+        "fwd_bwd_ms_rounds": [a["fwd_bwd_ms"] for a in answers],
+        "tflops": STEP_FLOPS * case.T * case.K * case.D * case.F / record["fwd_bwd_ms"] * 1e-9,
+        "floor_ms": sum(work.floor_ms for work in floors),
+        **{key: details[key] for key in ("kernel_ms", "saved_bytes", "peak_bytes", "probes")},
+        "per_kernel": per_kernel(kernels, case)
+        if name == "sonicmoe"
+        else {kernel: {"ms": ms, "floor_ms": 0.0} for kernel, ms in kernels.items()},
+        "versions": details["versions"],
+    }
+
+
+def _compare_probes(records: list[dict]) -> None:
+    """Say which implementations disagree with the first one about a result."""
+    for record in records:
+        off = {
+            name: abs(value - records[0]["probes"][name])
+            for name, value in record["probes"].items()
+        }
+        record["agrees"] = max(off.values()) < PROBE_TOLERANCE
+        if not record["agrees"]:
+            names = f"{record['shape']}: {record['impl']} and {records[0]['impl']}"
+            print(f"{names} compute different results: {off}", file=sys.stderr)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=BENCHMARK_CASES, default=["7b", "1.4b"])
     default = ["sonicmoe", "torch"]
-    parser.add_argument("--impls", nargs="+", choices=IMPLEMENTATIONS, default=default)
+    parser.add_argument("--impls", nargs="+", choices=report.IMPLEMENTATIONS, default=default)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of one round's loop")
     parser.add_argument("--pythonpath", nargs="*", default=[], metavar="IMPL=PATHS")
+    parser.add_argument("--append", action="store_true", help="to the records that --out holds")
+    parser.add_argument("--report", action="store_true", help="of the records, measuring nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench_moe: needs an NVIDIA GPU")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    records = measure(arguments, arguments.out)
+    path = arguments.out / f"{report.NAME}.json"
+    keep = (arguments.append or arguments.report) and path.exists()
+    records = json.loads(path.read_text()) if keep else []
+    if not arguments.report:
+        if not torch.cuda.is_available():
+            sys.exit("bench_moe: needs an NVIDIA GPU")
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        measure(arguments, records, path)
     if not records:
-        sys.exit("bench_moe: nothing could be measured, see the logs")
-    write_tables(records, arguments.out)
-    write_figures(records, arguments.out)
+        sys.exit(f"bench_moe: no records in {path}; see the logs beside it")
+    report.write(records, arguments.out)
 
 
 if __name__ == "__main__":

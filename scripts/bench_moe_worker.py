@@ -1,7 +1,9 @@
 """One implementation of the experts, measured in a process of its own.
 
 Started by bench_moe.py, which sends one JSON request a line and reads one JSON answer a line:
-{"case": {"T": ..., "D": ..., "F": ..., "E": ..., "K": ...}, "seconds": 0.5}.
+{"case": {"T": ..., "D": ..., "F": ..., "E": ..., "K": ...}, "seconds": 0.5, "details": true}.
+Every request is one round of timings; `details` adds what one round can tell: the profiler's
+kernels, memory, and probes of the results that every implementation must agree on.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -9,12 +11,16 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import json
+import math
+import os
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -23,8 +29,12 @@ from torch import Tensor
 from tests.cases import Case, Inputs, make_inputs, make_plan
 from tests.saved_bytes import saved_bytes
 
+WARM_STEPS = 3  # of a round, before it is timed
 PROFILED_STEPS = 5
 HOST_STEPS = 20
+STEPS_AHEAD = 16  # that the host may be ahead of the GPU in a timed loop
+TUNING_MS = {"warmup": 5, "rep": 25}  # of one candidate of a Triton autotuner, as quack's own has
+PACKAGES = ("nvidia-cutlass-dsl", "triton", "sonic-moe", "quack-kernels", "liger-kernel")
 
 
 class Run(NamedTuple):
@@ -39,8 +49,8 @@ class Run(NamedTuple):
         """Forward and backward; gradients are returned by autograd and dropped."""
         self.backward(self.forward())
 
-    def backward(self, out_TD: Tensor) -> None:
-        torch.autograd.grad(out_TD, [*self.weights, *self.others], self.dout_TD)
+    def backward(self, out_TD: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out_TD, [*self.weights, *self.others], self.dout_TD)
 
 
 def _ours(case: Case, inputs: Inputs, backend: str) -> Run:
@@ -57,29 +67,54 @@ def _ours(case: Case, inputs: Inputs, backend: str) -> Run:
     return Run(forward, [w1, w3, w2], [x, score], inputs.dout_TD)
 
 
-def _official(case: Case, inputs: Inputs) -> Run:
-    from sonicmoe.enums import ActivationType
-    from sonicmoe.functional import moe_general_routing_inputs
+def _tune_briefly() -> None:
+    """Let Triton's autotuners try all their candidates, each for 30 ms instead of 125."""
+    import triton
 
+    benchmark = functools.partial(triton.testing.do_bench, **TUNING_MS)
+    triton.runtime.driver.active.get_benchmarker = lambda: benchmark
+
+
+def _official(case: Case, inputs: Inputs) -> Run:
+    """What its `moe_TC_softmax_topk_layer` runs once the routing's metadata is there."""
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import (
+        TC_topk_router_metadata_triton,
+        _DownProjection,
+        _UpProjection,
+    )
+
+    _tune_briefly()
     interleaved = torch.stack((inputs.w1_EFD, inputs.w3_EFD), dim=2).flatten(1, 2)
-    score_P = inputs.pairs.score_P.cuda()
-    x, w13, w2, score = _leaves(inputs.x_TD, interleaved, inputs.w2_EDF, score_P)
-    token, expert = inputs.pairs.token_P.int().cuda(), inputs.pairs.expert_P.int().cuda()
-    stream = torch.cuda.current_stream().cuda_stream
+    score_TK = inputs.pairs.score_P.cuda().view(case.T, case.K)
+    x, w13, w2, score = _leaves(inputs.x_TD, interleaved, inputs.w2_EDF, score_TK)
+    rows = case.T * case.K
+    count, offsets, token, scatter, reverse = (
+        torch.empty(length, dtype=torch.int32, device="cuda")
+        for length in (case.E, case.E + 1, rows, rows, rows)
+    )
+    ids_TK = inputs.pairs.expert_P.int().cuda().view(case.T, case.K)
+    TC_topk_router_metadata_triton(ids_TK, case.E, count, offsets, token, scatter, reverse)
+    metadata = (token, scatter, reverse, None, False)
+    swiglu = ActivationType.SWIGLU
 
     def forward() -> Tensor:
         up, down = w13.permute(1, 2, 0), w2.permute(1, 2, 0)
-        swiglu = ActivationType.SWIGLU
-        return moe_general_routing_inputs(
-            x, score, token, expert, up, None, down, None, case.E, stream, swiglu
-        )[0]
+        a, h = _UpProjection.apply(
+            x, up, None, offsets, rows, case.K, *metadata, swiglu, False, False
+        )
+        return _DownProjection.apply(
+            a, h, down, None, score, offsets, case.T, case.K, *metadata, swiglu
+        )
 
     return Run(forward, [w13, w2], [x, score], inputs.dout_TD)
 
 
 def _liger(case: Case, inputs: Inputs) -> Run:
+    """Its forward sorts the routing itself (and waits for the host), every time."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
+    _tune_briefly()
     gate_up = torch.cat((inputs.w1_EFD, inputs.w3_EFD), dim=1)
     score_TK = inputs.pairs.score_P.cuda().view(case.T, case.K)
     x, w13, w2, score = _leaves(inputs.x_TD, gate_up, inputs.w2_EDF, score_TK)
@@ -100,6 +135,33 @@ def build(name: str, case: Case, inputs: Inputs) -> Run:
     if name in ("sonicmoe", "torch"):
         return _ours(case, inputs, "hopper" if name == "sonicmoe" else "torch")
     return {"official": _official, "liger": _liger}[name](case, inputs)
+
+
+def _z_score(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Inner product of two sets of tensors over what independent normal numbers would give."""
+    dot, square_a, square_b, count = 0.0, 0.0, 0.0, 0
+    for a, b in pairs:
+        dot += (a * b).sum(dtype=torch.float32).item()
+        square_a += torch.linalg.vector_norm(a, dtype=torch.float32).item() ** 2
+        square_b += torch.linalg.vector_norm(b, dtype=torch.float32).item() ** 2
+        count += a.numel()
+    return dot / math.sqrt(square_a * square_b / count)
+
+
+def _probes(run: Run) -> dict[str, float]:
+    """Results as few numbers that do not depend on the layout of weights and rows.
+
+    Right results differ by about 0.01 between implementations, wrong ones by about 1.
+    """
+    out_TD = run.forward()
+    *weights, dx_TD, dscore = run.backward(out_TD)
+    with torch.no_grad():
+        return {
+            "out": _z_score([(out_TD, run.dout_TD)]),
+            "weights": _z_score(zip(weights, run.weights, strict=True)),
+            "dx": _z_score([(dx_TD, run.others[0])]),
+            "dscore": _z_score([(dscore, run.others[1])]),
+        }
 
 
 def _peak_bytes(run: Run) -> int:
@@ -124,8 +186,8 @@ def _timed_loop(run: Run, seconds: float) -> dict[str, float]:
         run.backward(out)
         end.record()
         events.append((start, middle, end))
-        if len(events) % 16 == 0:
-            events[-8][2].synchronize()  # at most 16 steps ahead
+        if len(events) > STEPS_AHEAD:
+            events[-STEPS_AHEAD][2].synchronize()
     torch.cuda.synchronize()
     both_ms = [start.elapsed_time(end) for start, _, end in events]
     first, _, third = statistics.quantiles(both_ms, n=4)
@@ -169,41 +231,55 @@ class Worker:
         self.run: Run | None = None
 
     def prepare(self, case: Case) -> Run:
-        """Draw inputs and run a few steps (compiles or tunes what needs it)."""
+        """Draw the inputs, unless the last round already did."""
         if case == self.case and self.run is not None:
             return self.run
         self.case, self.run = case, None
         torch.cuda.empty_cache()
         inputs = make_inputs(case, device="cuda", dtype=torch.bfloat16)
         self.run = build(self.name, case, inputs)
-        for _ in range(3):
-            self.run.step()
-        torch.cuda.synchronize()
         return self.run
 
-    def measure(self, case: Case, seconds: float) -> dict[str, object]:
-        """One round."""
+    def measure(self, case: Case, seconds: float, *, details: bool) -> dict[str, object]:
+        """One round; memory that only steps need is free again when it returns."""
         run = self.prepare(case)
-        timings = _timed_loop(run, seconds)
-        kernels = _kernel_times(run)
-        return {
-            **timings,
-            "kernels": kernels,
-            "kernel_ms": sum(kernels.values()),
-            "host_us": _host_us(run),
-            "saved_bytes": saved_bytes(run.forward, run.weights),
-            "peak_bytes": _peak_bytes(run),
-        }
+        for _ in range(WARM_STEPS):  # the first one compiles or tunes what needs it
+            run.step()
+        answer: dict[str, object] = {**_timed_loop(run, seconds), "host_us": _host_us(run)}
+        if details:
+            kernels = _kernel_times(run)
+            answer |= {
+                "kernels": kernels,
+                "kernel_ms": sum(kernels.values()),
+                "saved_bytes": saved_bytes(run.forward, run.weights),
+                "peak_bytes": _peak_bytes(run),
+                "probes": _probes(run),
+                "versions": _versions(),
+            }
+        torch.cuda.empty_cache()
+        return answer
+
+
+def _versions() -> dict[str, str]:
+    """Of torch, CUDA and the packages an implementation is made of, as far as installed here."""
+    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def main() -> None:
     worker = Worker(sys.argv[1])
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print must not reach the protocol
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not reach the protocol
     for line in sys.stdin:
         request = json.loads(line)
         try:
-            answer = worker.measure(Case(**request["case"]), request["seconds"])
+            case = Case(**request["case"])
+            answer = worker.measure(case, request["seconds"], details=request["details"])
         except Exception as error:  # the driver reports it and goes on with the others
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}

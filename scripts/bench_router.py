@@ -76,9 +76,11 @@ class Layer:
     def plan(self, router: str) -> RoutingPlan:
         """The layer's routing; "topk" or a variant of token rounding."""
         logits_TE = torch.nn.functional.linear(self.x_TD, self.gate_ED).float()
-        ids_TK, scores_TK, scores_TE = route_topk(logits_TE, top_k=self.K, renormalize=True)
+        ids_TK, scores_TK, scores_TE = route_topk(
+            logits_TE, top_k=self.K, renormalize=True, all_scores=router != "topk"
+        )
         if router == "topk":
-            return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=scores_TE.shape[1])
+            return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=len(self.gate_ED))
         return token_rounding_plan(ids_TK, scores_TK, scores_TE, rounding=router, tile=TILE)
 
     def step(self, router: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 M_TILE = 128
 EDGE_COUNTS = (0, 1, 63, 64, 65, 127, 128, 129)
-ROUTINGS = ("balanced", "zipf", "one_hot", "half_empty", "all_empty", "tile_edges")
+ROUTINGS = ("balanced", "zipf", "dirichlet", "one_hot", "half_empty", "all_empty", "tile_edges")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,9 @@ def make_pairs(case: Case) -> Pairs:
     elif case.routing == "zipf":
         ranks_E = torch.arange(1, case.E + 1, dtype=torch.float64)
         experts_TK = _top_k_of(ranks_E**-1.2, case, generator)
+    elif case.routing == "dirichlet":  # concentration 2: a Gamma(2) is the sum of two Exp(1)
+        uniform_2E = torch.rand((2, case.E), generator=generator, dtype=torch.float64)
+        experts_TK = _top_k_of(-torch.log1p(-uniform_2E).sum(0), case, generator)
     elif case.routing == "one_hot":
         first_K = torch.arange(case.K) + case.E - case.K
         experts_TK = first_K.expand(case.T, case.K)
@@ -158,11 +161,33 @@ ACTIVATION_CASES = tuple(
     dataclasses.replace(SMALL_CASES[0], activation=name)
     for name in ("geglu", "reglu", "silu", "relu2")
 )
-# Shapes whose speed is reported: T, D, F, E, K of the paper's models (arXiv 2512.14080, Table 9b).
+_7B, _30B_N1024 = Case(24576, 1536, 256, 128, 8), Case(32768, 4096, 1024, 64, 4)
+# Shapes whose speed is reported.
 BENCHMARK_CASES = {
-    "7b": Case(24576, 1536, 256, 128, 8),
+    # The paper's models (arXiv 2512.14080, Table 9b) and its sparse case for token rounding.
+    "7b": _7B,
+    "7b_n512": Case(24576, 1536, 512, 64, 4),
+    "7b_n1024": Case(24576, 1536, 1024, 32, 2),
     "1.4b": Case(40960, 768, 256, 128, 8),
-    "30b_n1024": Case(32768, 4096, 1024, 64, 4),
+    "1.4b_n512": Case(40960, 768, 512, 64, 4),
+    "1.4b_n1024": Case(40960, 768, 1024, 32, 2),
     "30b_n256": Case(32768, 4096, 256, 256, 16),
+    "30b_n512": Case(32768, 4096, 512, 128, 8),
+    "30b_n1024": _30B_N1024,
+    "120b_n512": Case(32768, 4096, 512, 256, 16),
+    "120b_n1024": Case(32768, 4096, 1024, 128, 8),
+    "120b_n2048": Case(32768, 4096, 2048, 64, 4),
     "sparse": Case(16384, 4096, 1024, 256, 8),
+    # Models that people train.
+    "olmoe": Case(32768, 2048, 1024, 64, 8),
+    "qwen3_30b": Case(32768, 2048, 768, 128, 8),
+    "qwen3_next": Case(32768, 2048, 512, 512, 10),
+    "qwen3_235b": Case(32768, 4096, 1536, 128, 8),
+    # Few tokens, where the host shows, and uneven experts.
+    "7b_t1k": dataclasses.replace(_7B, T=1024),
+    "7b_t4k": dataclasses.replace(_7B, T=4096),
+    "7b_zipf": dataclasses.replace(_7B, routing="zipf"),
+    "7b_dirichlet": dataclasses.replace(_7B, routing="dirichlet"),
+    "30b_n1024_zipf": dataclasses.replace(_30B_N1024, routing="zipf"),
+    "30b_n1024_dirichlet": dataclasses.replace(_30B_N1024, routing="dirichlet"),
 }
