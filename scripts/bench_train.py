@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import re
@@ -343,9 +344,15 @@ def profile(arguments: argparse.Namespace) -> None:
                 train(run, arguments.work, arguments.timeout)
                 traces = sorted((arguments.work / run.name).glob("profiling/traces/**/*.json*"))
                 if traces:
-                    text = profile_table(json.loads(traces[-1].read_text())["traceEvents"])
+                    text = profile_table(read_trace(traces[-1])["traceEvents"])
                     (arguments.out / f"profile_{run.name}.txt").write_text(text)
                     print(f"== {run.name}\n{text}", flush=True)
+
+
+def read_trace(path: Path) -> dict:
+    """A trace, compressed or not, whatever its name says."""
+    data = path.read_bytes()
+    return json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
 
 
 def profile_table(events: list[dict]) -> str:

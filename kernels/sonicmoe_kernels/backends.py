@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -36,6 +37,12 @@ TOPK_DTYPES = (torch.float32, torch.bfloat16)
 HOPPER_IMPLEMENTED = True  # all eight kernels ran right on an H100
 
 logger = logging.getLogger(__name__)
+
+
+def _constant_when_traced(function: Callable[..., str]) -> Callable[..., str]:
+    """What `torch.compiler.assume_constant_result` does, without importing dynamo for it."""
+    function._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
+    return function
 
 
 def _device_obstacle(device: torch.device) -> str:
@@ -94,7 +101,7 @@ def _resolve_topk_backend(
     return chosen
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def resolve_topk_backend(
     requested: str, device: torch.device, dtype: torch.dtype, num_experts: int, top_k: int
 ) -> str:
@@ -181,7 +188,7 @@ def resolve_plan_backend(
     return "torch" if obstacle else "hopper"
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _device_obstacle_once(device: torch.device) -> str:
     """`_device_obstacle`, asked once per device; a constant to torch.compile."""
     return _cached_device_obstacle(device)
