@@ -27,6 +27,7 @@ import datetime
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,6 @@ import roofline  # noqa: E402
 
 from tests.cases import BENCHMARK_CASES, Case  # noqa: E402
 
-STEP_FLOPS = 18  # times T K D F, forward and backward
 PROBE_TOLERANCE = 0.1  # right results differ by about 0.01, wrong ones by about 1
 
 
@@ -142,6 +142,19 @@ def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> N
         name: WorkerProcess(name, pythonpaths.get(name), path.with_name(f"bench_{name}.log"))
         for name in arguments.impls
     }
+    try:
+        _measure_shapes(arguments, workers, records, path)
+    finally:  # a worker in the middle of a round would disturb whoever measures next
+        for worker in workers.values():
+            worker.process.kill()
+
+
+def _measure_shapes(
+    arguments: argparse.Namespace,
+    workers: dict[str, WorkerProcess],
+    records: list[dict],
+    path: Path,
+) -> None:
     common = environment()
     for shape in arguments.shapes:
         began = time.monotonic()
@@ -190,7 +203,13 @@ def summarise(shape: str, name: str, answers: list[dict]) -> dict:
         "impl": name,
         **record,
         "fwd_bwd_ms_rounds": [a["fwd_bwd_ms"] for a in answers],
-        "tflops": STEP_FLOPS * case.T * case.K * case.D * case.F / record["fwd_bwd_ms"] * 1e-9,
+        "tflops": report.STEP_FLOPS
+        * case.T
+        * case.K
+        * case.D
+        * case.F
+        / record["fwd_bwd_ms"]
+        * 1e-9,
         "floor_ms": sum(work.floor_ms for work in floors),
         **{key: details[key] for key in ("kernel_ms", "saved_bytes", "peak_bytes", "probes")},
         "per_kernel": per_kernel(kernels, case)
@@ -232,6 +251,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             sys.exit("bench_moe: needs an NVIDIA GPU")
         arguments.out.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_moe: stopped"))
         measure(arguments, records, path)
     if not records:
         sys.exit(f"bench_moe: no records in {path}; see the logs beside it")
