@@ -155,6 +155,7 @@ SMALL_CASES = (
     Case(257, 128, 64, 8, 1, "one_hot"),
     Case(200, 64, 64, 8, 2, "half_empty"),
     Case(40, 64, 64, 8, 2, "all_empty"),
+    Case(220, 64, 64, 8, 2, "dirichlet"),
     Case(160, 128, 128, 16, 2, "tile_edges"),
 )
 ACTIVATION_CASES = tuple(
