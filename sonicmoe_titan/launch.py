@@ -46,7 +46,8 @@ def main(argv: list[str]) -> int:
         *("--job.config_file", command.config_file, *command.overrides),
     ]
     # its warnings about a signal say nothing that the processes do not say themselves
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    for name in ("agent.server.api", "multiprocessing.api"):  # torch gives the first its own level
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
     try:
         torchrun.run(torchrun.get_args_parser().parse_args(arguments))
     except ChildFailedError as error:

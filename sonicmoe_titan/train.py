@@ -11,7 +11,7 @@ from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger
 
 from sonicmoe_titan.check import load_checked
-from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR, Stopped, stop_on_signals
+from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR, Stop, Stopped, stop_on_signals
 from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
 
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     """
     init_logger()
     try:
-        with stop_on_signals():
-            return _train(argv)
+        with stop_on_signals() as stop:
+            return _train(argv, stop)
     except Stopped as stopped:
-        _leave("" if stopped.is_reported else f"stopped by {stopped}")
+        _leave("" if stopped.stop.is_reported else f"stopped by {stopped}")
     except USERS_MISTAKES as error:
         if not _is_users(error) or os.environ.get("SONICMOE_TRACEBACK"):
             raise
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         return USERS_ERROR
 
 
-def _train(argv: list[str]) -> int:
+def _train(argv: list[str], stop: Stop) -> int:
     command = Command.parse(argv, usage=USAGE)
     config = load_checked(command, num_processes=int(os.environ.get("WORLD_SIZE", "1")))
     resolved = command.resolved(config)
@@ -63,13 +63,14 @@ def _train(argv: list[str]) -> int:
             trainer.checkpointer.save(curr_step=0, last_step=True)
         else:
             trainer.train()
-    except Stopped as stopped:
-        where = f"at step {trainer.step}"
-        if config.checkpoint.enable:
-            folder = Path(config.dump_folder) / config.checkpoint.folder
-            where += f"; resumes from the last checkpoint in {folder}"
-        _say(f"stopped by {stopped} {where}")
-        stopped.is_reported = True
+    except BaseException:
+        if stop.signal is not None:
+            where = f"at step {trainer.step}"
+            if config.checkpoint.enable:
+                folder = Path(config.dump_folder) / config.checkpoint.folder
+                where += f"; resumes from the last checkpoint in {folder}"
+            _say(f"stopped by {stop.signal} {where}")
+            stop.is_reported = True
         raise
     finally:
         trainer.close()

@@ -35,10 +35,11 @@ def test_later_signals_are_ignored() -> None:
 
 
 def test_what_fails_after_a_signal_is_its_consequence() -> None:
-    with pytest.raises(Stopped, match="SIGTERM"), stop_on_signals():
+    with pytest.raises(Stopped, match="SIGTERM"), stop_on_signals() as stop:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Stopped:
+            assert stop.signal == "SIGTERM"
             raise RuntimeError("connection closed by peer") from None
 
 
