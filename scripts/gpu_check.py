@@ -43,7 +43,7 @@ EXTRA_CASES = (
 )
 
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(256, 3, epi_sets=2)),
+    "up": (RowTile(256, 4), RowTile(256, 3, "relayed")),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
@@ -51,8 +51,9 @@ VARIANTS = {
     ),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
-        RowTile(128, 4, load_sets=4),
-        RowTile(128, 5, "pingpong", load_sets=2),
+        RowTile(256, 3, load_sets=2, prefetches=True),
+        RowTile(256, 3, "relayed", load_sets=4),
+        RowTile(256, 3, "relayed", load_sets=4, prefetches=True),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),

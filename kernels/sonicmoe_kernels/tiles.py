@@ -14,12 +14,13 @@ from typing import ClassVar, Literal
 from sonicmoe_kernels.activations import get_activation
 
 RowKernel = Literal["up", "down", "d_hidden", "d_input"]
-Schedule = Literal["cooperative", "pingpong"]
+Schedule = Literal["cooperative", "pingpong", "relayed"]
 
 TILE_M = 128  # two warpgroups of 64 rows, or one warpgroup with two blocks of 64
 TILE_K = 64  # 128 bytes of 16-bit elements: one swizzle row, four wgmma deep
 CLUSTER = 2  # CTAs that share weight tiles by multicast
 WARPGROUP_ROWS = 64  # rows of one wgmma
+SLICES = 4  # of 16 rows: a warp's part of those 64
 ELEMENT_BYTES = 2
 SHARED_MEMORY_LIMIT = 227 * 1024  # what one block may use on sm_90
 MAX_EXPERTS = 1024
@@ -32,7 +33,13 @@ class RowTile:
 
     tile_n: columns of the B tile (of both halves together when W1 and W3 are stacked along N).
     stages: k tiles in flight. epi_n: columns of one store; epi_sets: store buffers a warpgroup
-    cycles through; load_sets: buffers for H tiles read ahead (d_hidden only).
+    cycles through; load_sets: buffers for H tiles read ahead, prefetches: whether the rest of H is
+    brought to L2 at the start of a tile (both d_hidden only).
+
+    schedule: how main loops and epilogues share a multiprocessor. "cooperative": both consumer
+    warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
+    epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
+    in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
     """
 
     tile_n: int
@@ -41,6 +48,7 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
+    prefetches: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,45 @@ class RowGemm:
         return self.n_step // self.tile.epi_n
 
     @property
+    def relayed(self) -> bool:
+        """Whether warps of their own run the epilogue."""
+        return self.tile.schedule == "relayed"
+
+    @property
+    def handed_chunks(self) -> int:
+        """Chunks of 64 x epi_n that a relayed tile's sums take in 16 bits."""
+        return 2 * self.tile.tile_n // self.tile.epi_n if self.relayed else 0
+
+    @property
+    def store_buffers(self) -> int:
+        """Chunks of shared memory that the epilogue stores from.
+
+        Relayed: results take the place of what was handed over and of H; A of the up projection
+        has a chunk for each of the two warps.
+        """
+        if self.relayed:
+            return self.handed_chunks + 2 * (self.kernel == "up")
+        return 2 * self.tile.epi_sets * self.stores
+
+    @property
+    def load_buffers(self) -> int:
+        """Chunks of shared memory that the epilogue loads into. Relayed: four slices are one."""
+        sets = 1 if self.relayed else self.tile.load_sets
+        return 2 * sets * self.loads
+
+    @property
+    def epilogue_barriers(self) -> int:
+        """Barriers of the epilogue: one for each load set; relayed, four more to hand over."""
+        return 2 * self.tile.load_sets + 4 * self.relayed
+
+    @property
     def shared_memory(self) -> int:
         """Bytes of shared memory, counted as the kernel lays them out."""
         tile, aligned = self.tile, 1024
         stage = (TILE_M + tile.tile_n) * TILE_K * ELEMENT_BYTES
         chunk = WARPGROUP_ROWS * tile.epi_n * ELEMENT_BYTES
-        buffers = 2 * chunk * (self.stores * tile.epi_sets + self.loads * tile.load_sets)
-        tables = 8 * 2 * tile.stages + 8 * 2 * tile.load_sets
+        buffers = chunk * (self.store_buffers + self.load_buffers)
+        tables = 8 * 2 * tile.stages + 8 * self.epilogue_barriers
         tables += 4 * (2 * (self.num_experts + 1) + THREADS // 32)
         return -(-tables // aligned) * aligned + tile.stages * stage + buffers
 
@@ -144,6 +184,10 @@ def why_illegal(gemm: RowGemm) -> str | None:
     blocks = 2 if tile.schedule == "pingpong" else 1
     if tile.schedule == "pingpong" and tile.tile_n * blocks // 2 > 192:
         return "ping-pong keeps 128 rows in one warpgroup: over 192 accumulators a thread spill"
+    if gemm.relayed and gemm.kernel not in ("up", "d_hidden"):
+        return "relayed epilogues are written for up and d_hidden only"
+    if gemm.relayed and (gemm.epi_chunks % SLICES or (gemm.loads and tile.load_sets != SLICES)):
+        return f"a relayed epilogue takes chunks and load sets by {SLICES}: a buffer's slices"
     if tile.epi_sets < 1 or (gemm.epi_chunks * blocks) % tile.epi_sets:
         return f"epi_sets={tile.epi_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if gemm.loads and (tile.load_sets < 1 or (gemm.epi_chunks * blocks) % tile.load_sets):

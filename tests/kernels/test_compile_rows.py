@@ -10,10 +10,12 @@ from sonicmoe_kernels.tiles import (
     ROW_TILES,
     SHARED_MEMORY_LIMIT,
     RowGemm,
+    RowTile,
     pick_rows,
     why_illegal,
 )
 
+from scripts.gpu_check import VARIANTS
 from tests.kernels.sass import read_sass, tools_folder
 
 pytest.importorskip("cutlass")
@@ -24,12 +26,17 @@ STACK_BYTES = {("d_hidden", 256): 8}
 
 
 def configurations():
-    """Each of the table's tiles once; then activations, fp16 and the most experts."""
+    """Each tile of the table and of its challengers; then activations, fp16 and most experts."""
     gemms = [
         RowGemm(kernel, *SIZES, "bfloat16", "swiglu", tile)
-        for kernel, tiles in ROW_TILES.items()
+        for tiles_of in (ROW_TILES, VARIANTS)
+        for kernel, tiles in tiles_of.items()
         for tile in tiles
     ]
+    gemms.append(RowGemm("up", 192, 256, 3, "float16", "relu2", RowTile(256, 3, "relayed")))
+    gemms.append(
+        RowGemm("d_hidden", 192, 320, 3, "float16", "silu", RowTile(128, 4, "relayed", load_sets=4))
+    )
     for name in ACTIVATIONS:
         if name != "swiglu":
             gemms.append(pick_rows("up", d=192, f=128, num_experts=3, activation=name))
@@ -43,6 +50,7 @@ def configurations():
 def label(gemm):
     tile = gemm.tile
     name = f"{gemm.kernel}-{tile.schedule}-{tile.tile_n}-{tile.stages}-{tile.epi_n}"
+    name += "-prefetch" if tile.prefetches else ""
     return f"{name}-{gemm.activation}-{gemm.dtype}-E{gemm.num_experts}"
 
 
@@ -54,7 +62,7 @@ def test_configuration_compiles_with_tensor_cores_and_a_main_loop_in_registers(g
     if tools_folder() is None:
         pytest.skip("compiled; no cuobjdump here to look inside")
     sass = read_sass(object_file, tmp_path)
-    allowed = STACK_BYTES.get((gemm.kernel, gemm.tile.tile_n), 0)
+    allowed = 0 if gemm.relayed else STACK_BYTES.get((gemm.kernel, gemm.tile.tile_n), 0)
     assert sass.stack_bytes <= allowed
     loop = sass.main_loop()
     assert not [line for line in loop if "LDL" in line or "STL" in line]
@@ -65,11 +73,20 @@ def test_configuration_compiles_with_tensor_cores_and_a_main_loop_in_registers(g
 
 @pytest.mark.parametrize("kernel", ROW_TILES)
 def test_counted_shared_memory_covers_what_the_kernel_lays_out(kernel):
+    assert_shared_memory(pick_rows(kernel, d=SIZES[0], f=SIZES[1], num_experts=SIZES[2]))
+
+
+@pytest.mark.parametrize("kernel", ["up", "d_hidden"])
+def test_counted_shared_memory_covers_relayed_kernels(kernel):
+    relayed = [tile for tile in VARIANTS[kernel] if tile.schedule == "relayed"]
+    assert_shared_memory(RowGemm(kernel, *SIZES, "bfloat16", "swiglu", relayed[0]))
+
+
+def assert_shared_memory(gemm):
     kernel_cache.prepare_dsl()
     from sonicmoe_kernels.cute import build_rows
 
-    gemm = pick_rows(kernel, d=SIZES[0], f=SIZES[1], num_experts=SIZES[2])
-    instance = build_rows.KERNELS[kernel](gemm)
+    instance = build_rows.instance_of(gemm)
     build_rows.compile_instance(instance)
     laid_out = instance.Storage.size_in_bytes()
     assert laid_out <= gemm.shared_memory <= SHARED_MEMORY_LIMIT

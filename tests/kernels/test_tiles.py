@@ -51,6 +51,10 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
         ({"tile": RowTile(256, 5)}, "shared memory"),
         ({"tile": RowTile(256, 1)}, "two stages"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3)}, "load_sets=0"),
+        ({"kernel": "down", "tile": RowTile(256, 3, "relayed")}, "up and d_hidden only"),
+        ({"tile": RowTile(128, 3, "relayed")}, "by 4"),
+        ({"kernel": "d_hidden", "tile": RowTile(256, 3, "relayed", load_sets=2)}, "by 4"),
+        ({"tile": RowTile(256, 4, "relayed")}, "shared memory"),
     ],
 )
 def test_an_illegal_configuration_is_refused_with_its_reason(changes, reason):

@@ -12,13 +12,16 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from sonicmoe_kernels.cute.d_hidden import DHidden
+from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed
 from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
 from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.cute.up import Up
+from sonicmoe_kernels.cute.up_relayed import UpRelayed
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
 KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
+RELAYED_KERNELS = {"up": UpRelayed, "d_hidden": DHiddenRelayed}
 TMA_ALIGN = 16  # bytes
 
 
@@ -65,7 +68,13 @@ def build(gemm: RowGemm) -> Any:
     reason = why_illegal(gemm)
     if reason is not None:
         raise ValueError(f"kernel {gemm.kernel} cannot be compiled: {reason} ({gemm})")
-    return compile_instance(KERNELS[gemm.kernel](gemm))
+    return compile_instance(instance_of(gemm))
+
+
+def instance_of(gemm: RowGemm) -> GroupedGemmM:
+    """The kernel's object, by name and schedule."""
+    kernels = RELAYED_KERNELS if gemm.relayed else KERNELS
+    return kernels[gemm.kernel](gemm)
 
 
 def compile_instance(kernel: GroupedGemmM) -> Any:

@@ -4,9 +4,9 @@ cp.async.
 Legend: T tokens, D row length, M tile rows, K tile columns (64 elements of 16 bits: one 128-byte
 swizzle row).
 
-A warpgroup of 128 threads copies chunks of 16 bytes: 8 threads cover one row's 128 bytes, so 16
-rows go in one pass and a tile of 128 rows takes 8 passes. Thread t always owns the rows t // 8 +
-16 * pass, whose indices it keeps in registers for all k tiles of an output tile.
+Every thread copies chunks of 16 bytes: 8 threads cover one row's 128 bytes, so a warp takes 4 rows
+in one pass. With four warps a tile of 128 rows takes 8 passes: thread t always owns the rows
+t // 8 + 16 * pass, whose indices it keeps in registers for all k tiles of an output tile.
 """
 
 import cutlass
@@ -14,12 +14,16 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
-GATHER_THREADS = 128
+from sonicmoe_kernels.tiles import TILE_K, TILE_M
+
 CHUNK_BYTES = 16
 CHUNK = 8  # elements of 16 bits in a chunk
-TILE_K = 64
 CHUNKS_PER_ROW = TILE_K // CHUNK
-ROWS_PER_PASS = GATHER_THREADS // CHUNKS_PER_ROW
+
+
+def rows_per_pass(warps: int) -> int:
+    """Rows that this many warps copy at once; `warps` is even, so a multiple of the swizzle's 8."""
+    return warps * 32 // CHUNKS_PER_ROW
 
 
 def gather_atom(dtype):
@@ -32,14 +36,15 @@ def gather_atom(dtype):
 def load_row_indices(
     mIndex: cute.Tensor, rRows: cute.Tensor, first_row: Int32, end_row: Int32, thread: Int32
 ):
-    """Fills rRows (tile_m / 16,) with this thread's source rows.
+    """Fills rRows (TILE_M / rows of one pass,) with this thread's source rows.
 
     Rows past `end_row` repeat the expert's last one: their products are clipped when stored,
     reading garbage indices would not be safe, and a fixed row (0, say) would make one L2 line hot
     for the whole GPU.
     """
+    rows = TILE_M // cute.size(rRows)  # of one pass
     for p in cutlass.range_constexpr(cute.size(rRows)):
-        row = first_row + p * ROWS_PER_PASS + thread // CHUNKS_PER_ROW
+        row = first_row + p * rows + thread // CHUNKS_PER_ROW
         rRows[p] = mIndex[cutlass.min(row, end_row - 1)]
 
 
@@ -55,7 +60,7 @@ def gather_rows(
     first_pass: Constexpr,
     passes: Constexpr,
 ):
-    """Starts the copies of columns [64 k, 64 k + 64) of `passes` * 16 indexed rows into `sTile`.
+    """Starts the copies of columns [64 k, 64 k + 64) of indexed rows into `sTile`, in `passes`.
 
     `sTile` is a pointer without swizzle; the 128-byte swizzle is applied here (chunk ^ row % 8).
     Offsets into mX are 64-bit: T * D may exceed 2^31.
@@ -64,9 +69,10 @@ def gather_rows(
     chunk = thread % CHUNKS_PER_ROW
     column = k * TILE_K + chunk * CHUNK
     target = row * TILE_K + (chunk ^ (row % 8)) * CHUNK
+    rows = TILE_M // cute.size(rRows)  # of one pass
     for p in cutlass.range_constexpr(first_pass, first_pass + passes):
         source = (mX.iterator + (Int64(rRows[p]) * row_length + column)).align(CHUNK_BYTES)
-        destination = (sTile + (target + p * ROWS_PER_PASS * TILE_K)).align(CHUNK_BYTES)
+        destination = (sTile + (target + p * rows * TILE_K)).align(CHUNK_BYTES)
         cute.copy(
             atom,
             cute.make_tensor(source, cute.make_layout(CHUNK)),

@@ -12,7 +12,7 @@ Warp roles, 384 threads a CTA, one CTA a multiprocessor, clusters of two:
   all its 128 threads for gathered A; both land on the same mbarrier.
 - warpgroups 1 and 2 consume: wgmma with fp32 accumulators, then the epilogue. Cooperative: 64 rows
   of every tile each. Ping-pong: every second tile each, one's epilogue under the other's main
-  loop.
+  loop. Relayed: relayed.py.
 
 Shared memory: per stage (128 + N) * 128 bytes; store and load buffers of the epilogue; two tables
 of E + 1 numbers. Every CTA of a cluster has the same number of k tiles per unit, so stages stay in
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
-from cutlass import Float32, Int16, Int32, Int64, const_expr, pipeline
+from cutlass import Boolean, Float32, Int16, Int32, Int64, const_expr, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
@@ -94,10 +94,10 @@ class EpilogueMemory(NamedTuple):
 
     sStore: cute.Tensor  # (64, epi_n, 2 warpgroups * epi_sets * stores)
     sLoad: cute.Tensor  # (64, epi_n, 2 warpgroups * load_sets * loads)
-    load_barriers: cute.Pointer  # 2 warpgroups * load_sets
+    barriers: cute.Pointer  # 2 warpgroups * load_sets; relayed: load_sets, then to hand over
     group: Int32  # consumer warpgroup, 0 or 1
     thread: Int32  # in the warpgroup
-    is_issuer: cutlass.Boolean  # true in the one warp that talks to TMA
+    is_issuer: Boolean  # true in the one warp that talks to TMA
 
 
 class GroupedGemmM:
@@ -113,6 +113,7 @@ class GroupedGemmM:
         self.b_major = OperandMajorMode.MN if weights_are_n_major else OperandMajorMode.K
         self.b_layout = LayoutEnum.COL_MAJOR if weights_are_n_major else LayoutEnum.ROW_MAJOR
         kind = "gathered" if gemm.gathers else "tma"
+        self.producer_warps = WARPGROUP // 32 if gemm.gathers else 1
         self.producer_registers = PRODUCER_REGISTERS[kind]
         self.consumer_registers = CONSUMER_REGISTERS[kind]
 
@@ -152,17 +153,15 @@ class GroupedGemmM:
         chunk = (WARPGROUP_ROWS, tile.epi_n)
         self.stores_per_group = tile.epi_sets * gemm.stores
         self.loads_per_group = tile.load_sets * gemm.loads
-        self.store_layout = sm90.make_smem_layout_epi(
-            dtype, k_major, chunk, 2 * self.stores_per_group
-        )
+        self.store_layout = sm90.make_smem_layout_epi(dtype, k_major, chunk, gemm.store_buffers)
         self.load_layout = sm90.make_smem_layout_epi(
-            dtype, k_major, chunk, max(2 * self.loads_per_group, 1)
+            dtype, k_major, chunk, max(gemm.load_buffers, 1)
         )
 
         @cute.struct
         class Storage:
             stage_barriers: cute.struct.MemRange[Int64, 2 * tile.stages]
-            load_barriers: cute.struct.MemRange[Int64, 2 * max(tile.load_sets, 1)]
+            epilogue_barriers: cute.struct.MemRange[Int64, max(gemm.epilogue_barriers, 2)]
             offsets: cute.struct.MemRange[Int32, gemm.num_experts + 1]
             start: cute.struct.MemRange[Int32, gemm.num_experts + 1]
             warp_sums: cute.struct.MemRange[Int32, THREADS // 32]
@@ -254,7 +253,7 @@ class GroupedGemmM:
         store_layout: cute.ComposedLayout,
         load_layout: cute.ComposedLayout,
     ):
-        gemm, tile = self.gemm, self.tile
+        gemm = self.gemm
         thread = cute.arch.thread_idx()[0]
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         group = cute.arch.make_warp_uniform(thread // WARPGROUP)
@@ -262,11 +261,11 @@ class GroupedGemmM:
         storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
 
         stages = self.make_pipeline(storage)
-        load_barriers = storage.load_barriers.data_ptr()
+        barriers = storage.epilogue_barriers.data_ptr()
         if warp_index == 0:
             with cute.arch.elect_one():
-                for i in cutlass.range_constexpr(2 * tile.load_sets):
-                    cute.arch.mbarrier_init(load_barriers + i, 1)
+                for i in cutlass.range_constexpr(gemm.epilogue_barriers):
+                    cute.arch.mbarrier_init(barriers + i, self.barrier_arrivals(i))
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
         table = cute.make_layout(gemm.num_experts + 1)
@@ -296,27 +295,46 @@ class GroupedGemmM:
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
-            if const_expr(gemm.gathers) or warp_index == 0:
-                self.produce(stages, walk, a, weights, sA, sSource)
+            if const_expr(not gemm.relayed):
+                if const_expr(gemm.gathers) or warp_index == 0:
+                    self.produce(stages, walk, a, weights, sA, sSource)
+            else:
+                if warp_index < self.producer_warps:
+                    self.produce(stages, walk, a, weights, sA, sSource)
+                else:
+                    buffers = self.epilogue_buffers(storage, store_layout, load_layout)
+                    block = warp_index - self.producer_warps
+                    lane = cute.arch.lane_idx()
+                    memory = EpilogueMemory(*buffers, barriers, block, lane, Boolean(True))
+                    self.run_epilogues(walk, chunk_mma, epilogue, memory)
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
-            sStore = storage.stores.get_tensor(store_layout.outer, swizzle=store_layout.inner)
-            sLoad = sStore  # unused unless the kernel loads
-            if const_expr(gemm.loads):
-                sLoad = storage.loads.get_tensor(load_layout.outer, swizzle=load_layout.inner)
+            buffers = self.epilogue_buffers(storage, store_layout, load_layout)
             memory = EpilogueMemory(
-                sStore, sLoad, load_barriers, group - 1, thread % WARPGROUP, warp_index % 4 == 0
+                *buffers, barriers, group - 1, thread % WARPGROUP, warp_index % 4 == 0
             )
             self.consume(stages, walk, tiled_mma, chunk_mma, epilogue, memory, sA, sB)
         # A CTA's shared memory must outlive its partner's multicasts and releases.
         cute.arch.cluster_arrive()
         cute.arch.cluster_wait()
 
+    def epilogue_buffers(self, storage, store_layout, load_layout) -> tuple:
+        """The tensors of the store and of the load buffers."""
+        sStore = storage.stores.get_tensor(store_layout.outer, swizzle=store_layout.inner)
+        if const_expr(not self.gemm.loads):
+            return sStore, sStore  # unused
+        sLoad = storage.loads.get_tensor(load_layout.outer, swizzle=load_layout.inner)
+        return sStore, sLoad
+
+    def barrier_arrivals(self, barrier: int) -> int:
+        """Arrivals that complete one of the epilogue's barriers."""
+        return 1
+
     def make_pipeline(self, storage) -> pipeline.PipelineTmaAsync:
         """Full: one arrival with the bytes, 128 of cp.async. Empty: both CTAs' consumers."""
         gathers = self.gemm.gathers
         threads = pipeline.Agent.Thread
-        producers = 1 + gather.GATHER_THREADS if gathers else 1
+        producers = 1 + 32 * self.producer_warps if gathers else 1
         consumer_warps = 4 if self.pingpong else 8
         rows_by_tma = self.tile.tile_n + (0 if gathers else TILE_M)
         return pipeline.PipelineTmaAsync.create(
@@ -342,7 +360,8 @@ class GroupedGemmM:
         mask = Int16(MULTICAST_MASK)
         if const_expr(gemm.gathers):
             atom = gather.gather_atom(self.dtype)
-            rRows = cute.make_rmem_tensor(TILE_M // gather.ROWS_PER_PASS, Int32)
+            rows_per_pass = gather.rows_per_pass(self.producer_warps)
+            rRows = cute.make_rmem_tensor(TILE_M // rows_per_pass, Int32)
             sA_linear = cute.recast_ptr(sA.iterator, dtype=self.dtype)  # without the swizzle
         expert = Int32(0)
         unit = walk.cluster
@@ -387,7 +406,7 @@ class GroupedGemmM:
                             self.load_a(a, sA, row, depth, state.index, barrier)
                     if const_expr(gemm.gathers):
                         sTile = sA_linear + state.index * (TILE_M * TILE_K)
-                        upper = TILE_M // 2 // gather.ROWS_PER_PASS  # first pass of the upper 64
+                        upper = TILE_M // 2 // rows_per_pass  # first pass of the upper 64
                         for passes in cutlass.range_constexpr(2):
                             if passes == 0 or end - row > TILE_M // 2:
                                 first_pass = passes * upper
