@@ -28,14 +28,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 from sonicmoe_kernels import warmup  # noqa: E402
-from sonicmoe_kernels.tiles import RowGemm, RowTile, why_illegal  # noqa: E402
+from sonicmoe_kernels.activations import get_activation  # noqa: E402
+from sonicmoe_kernels.tiles import (  # noqa: E402
+    RowGemm,
+    RowTile,
+    WeightGemm,
+    WeightTile,
+    pick_weights,
+    why_illegal,
+    why_illegal_weights,
+)
 
 from tests.cases import ACTIVATION_CASES, BENCHMARK_CASES, SMALL_CASES, Case  # noqa: E402
 
 TIMEOUT_S = 60
 CONCURRENT = 5  # subprocesses on one GPU
 TENSOR_FLOPS, MEMORY_BYTES = 660e12, 3.0e12  # sustained on an H100: what floors are computed from
-KERNELS = ("up", "down", "d_hidden", "d_input")
+KERNELS = ("up", "down", "d_hidden", "d_input", "d_weight2", "d_weight13")
 EXTRA_CASES = (
     Case(3000, 192, 192, 5, 2, "zipf"),
     Case(2000, 768, 256, 24, 3, "tile_edges"),
@@ -60,6 +69,8 @@ VARIANTS = {
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),
+    "d_weight2": (WeightTile(256, 4, 2), WeightTile(256, 3, 2, store_buffers=8)),
+    "d_weight13": (WeightTile(256, 4, 2), WeightTile(256, 3, 2, store_buffers=8)),
 }
 
 
@@ -105,7 +116,8 @@ def run_one(arguments: argparse.Namespace) -> int:
     kernels = arguments.kernels.split(",")
     with contextlib.ExitStack() as stack:
         if arguments.tile:
-            tile = RowTile(**ast.literal_eval(arguments.tile))
+            fields = ast.literal_eval(arguments.tile)
+            tile = RowTile(**fields) if "schedule" in fields else WeightTile(**fields)
             stack.enter_context(forced_tile(kernels[0], tile))
         for kernel in kernels:
             CHECKS[kernel](problem)
@@ -119,7 +131,7 @@ class Step(NamedTuple):
     label: str
     case: Case
     kernels: str
-    tile: RowTile | None = None
+    tile: RowTile | WeightTile | None = None
 
 
 def run_step(step: Step, dtype: str) -> bool:
@@ -157,11 +169,24 @@ def run_check(arguments: argparse.Namespace) -> int:
     return int(run_steps(steps, arguments.dtype) > 0)
 
 
-def variants_of(case: Case, dtype: str) -> list[tuple[str, RowGemm]]:
+def variants_of(case: Case, dtype: str) -> list[tuple[str, RowGemm | WeightGemm]]:
     """Every configuration worth comparing on a case, by kernel."""
     facts = (case.D, case.F, case.E, dtype, case.activation)
-    gemms = [(k, RowGemm(k, *facts, tile)) for k in KERNELS for tile in VARIANTS[k]]
-    return [(kernel, gemm) for kernel, gemm in gemms if why_illegal(gemm) is None]
+    halves = get_activation(case.activation).halves
+    legal = []
+    for kernel in KERNELS:
+        for tile in VARIANTS[kernel]:
+            if isinstance(tile, RowTile):
+                gemm = RowGemm(kernel, *facts, tile)
+                reason = why_illegal(gemm)
+            else:
+                columns = 1 if kernel == "d_weight2" else halves
+                picked = pick_weights(kernel, d=case.D, f=case.F, halves=columns, dtype=dtype)
+                gemm = dataclasses.replace(picked, tile=tile)
+                reason = why_illegal_weights(gemm)
+            if reason is None:
+                legal.append((kernel, gemm))
+    return legal
 
 
 def run_variants(arguments: argparse.Namespace) -> int:
@@ -198,12 +223,14 @@ def floor_ms(kernel: str, case: Case) -> float:
     """Least time: useful FLOPs at 660 TFLOP/s or every tensor once at 3.0 TB/s."""
     rows, unit = case.T * case.K, case.T * case.K * case.D * case.F * 2
     x, y, a, weight = case.T * case.D, rows * case.D, rows * case.F, case.E * case.D * case.F
-    flops = {"up": 2, "down": 1, "d_hidden": 1, "d_input": 2}[kernel] * unit
+    flops = (2 if kernel in ("up", "d_input", "d_weight13") else 1) * unit
     elements = {
         "up": x + 2 * weight + 3 * a,
         "down": a + weight + y,
         "d_hidden": x + weight + 5 * a,
         "d_input": 2 * a + 2 * weight + y,
+        "d_weight2": x + a + weight,
+        "d_weight13": x + 2 * a + 2 * weight,
     }[kernel]
     return max(flops / TENSOR_FLOPS, 2 * elements / MEMORY_BYTES) * 1e3
 

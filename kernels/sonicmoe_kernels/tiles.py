@@ -267,6 +267,8 @@ class WeightTile:
     """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
 
     stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
+    store_buffers: 64 x 64 results on their way out, of both warpgroups; with room for a whole tile
+    all of it is stored at once.
     Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
     1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
@@ -274,6 +276,7 @@ class WeightTile:
     tile_n: int
     stages: int
     cluster: int
+    store_buffers: int = 4
 
 
 @dataclass(frozen=True)
@@ -310,13 +313,12 @@ class WeightGemm:
     def shared_memory(self) -> int:
         """Bytes of shared memory, counted as the kernel lays them out."""
         stage = (TILE_M + self.tile.tile_n) * TILE_K * ELEMENT_BYTES
-        buffers = WEIGHT_STORE_BUFFERS * WARPGROUP_ROWS * WEIGHT_SLAB * ELEMENT_BYTES
+        buffers = self.tile.store_buffers * WARPGROUP_ROWS * WEIGHT_SLAB * ELEMENT_BYTES
         tables, aligned = 8 * 2 * self.tile.stages + 2 * WEIGHT_SORTED_EXPERTS, 1024
         return -(-tables // aligned) * aligned + self.tile.stages * stage + buffers
 
 
 WEIGHT_SLAB = 64  # columns of one store: a 128-byte swizzle row
-WEIGHT_STORE_BUFFERS = 4  # two for each consumer warpgroup
 WEIGHT_SORTED_EXPERTS = 512  # with more, experts are taken in their own order
 
 
@@ -329,6 +331,8 @@ def why_illegal_weights(gemm: WeightGemm) -> str | None:
         return f"halves={gemm.halves} is not 1 or 2 (d_weight2: 1)"
     if not (tile.tile_n % WEIGHT_SLAB == 0 and WEIGHT_SLAB <= tile.tile_n <= 256):
         return f"tile_n={tile.tile_n} is not a multiple of {WEIGHT_SLAB} up to 256 (one wgmma)"
+    if tile.store_buffers not in (4, 2 * tile.tile_n // WEIGHT_SLAB):
+        return f"store_buffers={tile.store_buffers} is neither 4 nor a whole tile's"
     if tile.cluster not in (1, CLUSTER):
         return f"cluster={tile.cluster} is not 1 or {CLUSTER}"
     if tile.stages < 2:

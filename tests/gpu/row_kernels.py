@@ -1,15 +1,16 @@
-"""Checks of the ragged-M kernels one by one: against fp32 loops over experts, on poisoned outputs.
+"""Checks of the GEMM kernels one by one: against fp32 loops over experts, on poisoned outputs.
 
 Legend: T tokens, D model width, F expert width, E experts, R routed rows, R_max > R their bound.
 
 A kernel passes when, per expert, calc_diff < 1e-5 (1e-4 with fewer than 8 rows), no error exceeds
 twice the largest rounding of the reference to the kernel's dtype, rows in [R, R_max) are untouched
-and a second run gives the same bits. dS (fp32) has the per-expert bound only.
+and a second run gives the same bits. dS (fp32) and weight gradients have the per-expert bound only.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from sonicmoe_kernels import hopper
 from sonicmoe_kernels.activations import get_activation
-from sonicmoe_kernels.tiles import RowGemm, RowKernel, RowTile
+from sonicmoe_kernels.tiles import RowTile, WeightTile
 from torch import Tensor
 
 from tests.cases import Case, Inputs, make_inputs, make_plan
@@ -35,20 +36,21 @@ KERNELS = ("up", "down", "d_hidden", "d_input")
 
 
 @contextmanager
-def forced_tile(kernel: str, tile: RowTile) -> Iterator[None]:
+def forced_tile(kernel: str, tile: RowTile | WeightTile) -> Iterator[None]:
     """Launches `kernel` with `tile` instead of what the table picks."""
-    picked = hopper.row_gemm
+    finder = "row_gemm" if isinstance(tile, RowTile) else "weight_gemm"
+    picked = getattr(hopper, finder)
 
-    def row_gemm(name: RowKernel, *facts: Any) -> RowGemm:
+    def forced(name: str, *facts: Any) -> Any:
         gemm = picked(name, *facts)
         return dataclasses.replace(gemm, tile=tile) if name == kernel else gemm
 
-    hopper.row_gemm = row_gemm
+    setattr(hopper, finder, forced)
     hopper.row_kernel.cache_clear()
     try:
         yield
     finally:
-        hopper.row_gemm = picked
+        setattr(hopper, finder, picked)
         hopper.row_kernel.cache_clear()
 
 
@@ -225,6 +227,39 @@ def check_d_input(problem: Problem) -> None:
     check(problem, ("dX~",), run, reference)
 
 
+def check_d_weights(problem: Problem, kernel: str) -> None:
+    """Kernels 5 and 7."""
+    case, (x, w1, w3, w2, dout, _) = problem.case, problem.inputs
+    gathered = dout if kernel == "d_weight2" else x
+    outputs = (w2,) if kernel == "d_weight2" else tuple(w for w in (w1, w3) if w is not None)
+    halves = len(outputs)
+    scale = max(1.0, problem.rows / case.E) ** -0.5  # results of O(1)
+    ordered = poisoned(problem, problem.r_max, halves, case.F)
+    ordered[: problem.rows].normal_().mul_(scale)
+
+    def run() -> list[Tensor]:
+        made = [torch.full_like(w, float("nan")) for w in outputs]
+        operands = (gathered, problem.token_idx_R, problem.expert_offsets)
+        if kernel == "d_weight2":
+            hopper.d_weight2(*operands, ordered[:, 0], *made)
+        else:
+            hopper.d_weight13(*operands, ordered, *made, *([None] * (2 - halves)))
+        return made
+
+    first, second = run(), run()
+    for which, (one, two) in enumerate(zip(first, second, strict=True)):
+        label = f"{case.name} {kernel} output {which}"
+        assert same_bits(one, two), f"{label}: two runs differ"
+        for expert in range(case.E):
+            rows = slice(problem.bounds[expert], problem.bounds[expert + 1])
+            rows_D = gathered[problem.token_idx_R[rows].long()].float()
+            product = rows_D.t() @ ordered[rows, which].float()
+            wanted = product if kernel == "d_weight2" else product.t()
+            assert torch.isfinite(one[expert]).all(), f"{label}: expert {expert} is not finite"
+            diff = calc_diff(one[expert], wanted)
+            assert diff < CALC_DIFF_BOUND, f"{label}: expert {expert} diff {diff:.3g}"
+
+
 def same_bits(first: Tensor, second: Tensor) -> bool:
     """Equal, with NaN equal to itself."""
     return torch.equal(first.nan_to_num(nan=12345.0), second.nan_to_num(nan=12345.0))
@@ -250,6 +285,8 @@ CHECKS: dict[str, Callable[[Problem], None]] = {
     "down": check_down,
     "d_hidden": check_d_hidden,
     "d_input": check_d_input,
+    "d_weight2": functools.partial(check_d_weights, kernel="d_weight2"),
+    "d_weight13": functools.partial(check_d_weights, kernel="d_weight13"),
 }
 
 
@@ -270,6 +307,9 @@ def launchers(problem: Problem) -> dict[str, Launch]:
     y = torch.empty((problem.r_max, case.D), dtype=x.dtype, device="cuda")
     parts = hopper.dscore_parts(w2, case.activation)
     dscore = torch.empty((parts, problem.r_max), device="cuda")
+    dw1, dw2 = torch.empty_like(w1), torch.empty_like(w2)
+    dw3 = None if w3 is None else torch.empty_like(w3)
+    dw13 = tuple(w for w in (dw1, dw3) if w is not None)
     index, offsets, score = problem.token_idx_R, problem.expert_offsets, problem.score_R
     act = {"activation": case.activation}
     return {
@@ -284,4 +324,6 @@ def launchers(problem: Problem) -> dict[str, Launch]:
             (h_out, a_out, dscore),
         ),
         "d_input": Launch(lambda: hopper.d_input_rows(dh, offsets, w1, w3, y, **act), (y,)),
+        "d_weight2": Launch(lambda: hopper.d_weight2(dout, index, offsets, a, dw2), (dw2,)),
+        "d_weight13": Launch(lambda: hopper.d_weight13(x, index, offsets, dh, dw1, dw3), dw13),
     }

@@ -32,6 +32,7 @@ def configurations():
         for tiles_of in (ROW_TILES, VARIANTS)
         for kernel, tiles in tiles_of.items()
         for tile in tiles
+        if isinstance(tile, RowTile)
     ]
     gemms.append(RowGemm("up", 192, 256, 3, "float16", "relu2", RowTile(256, 3, "relayed")))
     gemms.append(
