@@ -1,9 +1,10 @@
 """Checks and times the kernels one by one on a GPU, every risky step in a process of its own.
 
-    python scripts/gpu_check.py build  [--cases small,7b,...]   compile what the others need (no
-    GPU) python scripts/gpu_check.py check  [--cases ...]            against fp32 references python
-    scripts/gpu_check.py time   [--cases 7b,...]         medians and floors, in rounds python
-    scripts/gpu_check.py variants [--cases 7b,...]       configurations side by side
+    python scripts/gpu_check.py build    [--cases small,7b,...]  compile what the others need, no GPU
+    python scripts/gpu_check.py check    [--cases ...]           against fp32 references
+    python scripts/gpu_check.py launch   [--cases ...]           whole layers, for compute-sanitizer
+    python scripts/gpu_check.py time     [--cases 7b,...]        medians and floors, in rounds
+    python scripts/gpu_check.py variants [--cases 7b,...]        configurations side by side
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, R routed rows.
 """

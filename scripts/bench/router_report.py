@@ -1,0 +1,134 @@
+"""Table and figure of bench_router.py's records.
+
+Legend: T tokens, D model width, F expert width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.moe_report import IMPLEMENTATIONS, SIZES, table, where
+
+NAME = "moe_router_h100"
+TOPK = "topk"
+
+
+def key(record: dict) -> tuple[str, str, str]:
+    """What a later run of the same replaces."""
+    return record["shape"], record["impl"], record["router"]
+
+
+def write(records: list[dict], folder: Path) -> None:
+    """Markdown and, where a shape has several routers, a figure beside the JSON."""
+    (folder / f"{NAME}.md").write_text("\n".join(markdown(records)) + "\n")
+    write_figure(records, folder / f"{NAME}.png")
+
+
+def markdown(records: list[dict]) -> list[str]:
+    """One line a shape, implementation and router, then the rounding's gains."""
+    torch = " and ".join(sorted({r["versions"]["torch"] for r in records}))
+    lines = [
+        "# A whole MoE layer with its router on an H100",
+        "",
+        f"{where(records)}, torch {torch}; `python scripts/bench_router.py`. bf16, gate + top-k + "
+        "plan (+ rounding to 128 rows) + experts, forward and backward. Every implementation in a "
+        "process of its own; loops are sustained, rounds alternate; medians. Kernels, router share "
+        "and launches: the profiler's, per step; the router is everything but the experts' eight "
+        "kernels, the gate's own GEMMs included. Padding waste: rows of whole 128-row tiles over "
+        "the tokens' rows, less 1. The official package has no router for token rounding; there it "
+        "is the paper's Algorithm 4 in torch operations, as its own benchmark computes it.",
+        "",
+    ]
+    rows = []
+    for r in records:
+        base = _find(records, r["shape"], r["impl"], TOPK)
+        launches = str(r["launches"])
+        if "forward_launches" in r:
+            launches += f" ({r['forward_launches']})"
+        rows.append(
+            [
+                r["shape"],
+                ", ".join(str(r[size]) for size in SIZES),
+                str(r["rows_per_expert"]),
+                IMPLEMENTATIONS[r["impl"]][0],
+                r["router"],
+                f"{r['fwd_ms']:.3f}, {r['bwd_ms']:.3f}" if "fwd_ms" in r else "",
+                f"{r['step_ms']:.3f}",
+                f"{r['step_ms'] / base['step_ms'] - 1:+.1%}" if base else "",
+                f"{r['kernels_ms']:.3f}",
+                f"{r['router_ms']:.3f} ({r['router_ms'] / r['kernels_ms']:.1%})",
+                launches,
+                f"{r['padding_waste']:.1%}",
+            ]
+        )
+    header = ["shape", "T, D, F, E, K", "rows per expert", "implementation", "router"]
+    header += ["forward, backward ms", "step ms", "against its top-k", "kernels ms"]
+    header += ["router ms (share)", "launches (forward)", "padding waste"]
+    return lines + table(header, rows) + _gains(records)
+
+
+def _find(records: list[dict], shape: str, impl: str, router: str) -> dict | None:
+    wanted = (shape, impl, router)
+    return next((r for r in records if key(r) == wanted), None)
+
+
+def _gains(records: list[dict]) -> list[str]:
+    """Ours, rounded or not, against the official package's token choice and our own."""
+    rows = []
+    for r in records:
+        official = _find(records, r["shape"], "official", TOPK)
+        if r["impl"] != "sonicmoe" or official is None:
+            continue
+        cells = [r["shape"], str(r["rows_per_expert"]), r["router"]]
+        rows.append([*cells, f"{official['step_ms'] / r['step_ms'] - 1:+.1%}"])
+    if not rows:
+        return []
+    header = ["shape", "rows per expert", "our router", "official top-k takes longer by"]
+    return ["", "## Against the official package's token choice", "", *table(header, rows)]
+
+
+def write_figure(records: list[dict], path: Path) -> None:
+    """Steps per shape: every router of every implementation, sparser shapes to the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    families: dict[str, list[str]] = {}
+    for shape in dict.fromkeys(r["shape"] for r in records):
+        family, _, experts = shape.rpartition("_E")
+        if experts.isdigit():
+            families.setdefault(family, []).append(shape)
+    if not families:
+        return
+    figure, grid = plt.subplots(
+        1,
+        len(families),
+        figsize=(1 + 3.6 * len(families), 3.8),
+        layout="constrained",
+        squeeze=False,
+    )
+    styles = {TOPK: "-", "nearest": "--"}
+    for axes, (family, shapes) in zip(grid[0], families.items(), strict=True):
+        for impl, router in dict.fromkeys((r["impl"], r["router"]) for r in records):
+            found = [r for s in shapes if (r := _find(records, s, impl, router)) is not None]
+            label, color = IMPLEMENTATIONS[impl]
+            x, y = [r["E"] for r in found], [r["step_ms"] for r in found]
+            style = styles.get(router, ":")
+            axes.plot(x, y, style, marker="o", color=color, label=f"{label}, {router}")
+        first = next(r for r in records if r["shape"] == shapes[0])
+        axes.set_title(f"D {first['D']}, F {first['F']}, K {first['K']}, T {first['T']}", size=9)
+        axes.set_xscale("log", base=2)
+        experts = [int(shape.rpartition("_E")[2]) for shape in shapes]
+        axes.set_xticks(experts, [str(E) for E in experts])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("experts E")
+        axes.grid(linewidth=0.4, color="#cccccc")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_ylabel("forward + backward, ms\nrouter included")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
+    figure.supxlabel(where(records), fontsize=7, color="#555555")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
