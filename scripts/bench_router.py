@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time a whole MoE layer, router included: token choice beside token rounding, on one GPU.
 
-    python scripts/bench_router.py --impls sonicmoe official --pythonpath official=/opt/official/site
     python scripts/bench_router.py --shapes sparsest --routers topk nearest balance --append
+    python scripts/bench_router.py --impls sonicmoe official --pythonpath official=/opt/official
     python scripts/bench_router.py --report            table and figure again, no GPU
 
 Measured is what the paper's figures leave out: gate, top-k, routing plan (with rounding), experts

@@ -20,10 +20,8 @@ torch again from weights that differ in their last bits: what rounding alone doe
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
 from bench import facts, train_losses, train_report  # noqa: E402
+from bench.train_memory import measured_bytes  # noqa: E402
 from bench.train_profile import profile_table, read_trace  # noqa: E402
 from bench.train_runs import (  # noqa: E402
     ACTIVE,
@@ -56,6 +55,7 @@ from bench.train_runs import (  # noqa: E402
 OURS = ("sonic", "sonic rounding")
 BOTH = ("stock", *OURS)
 FULL_MODELS = ("1.4b_k2", "1.4b_k8")
+ROUTERS = ("topk", "token_rounding")
 BEST, NO_GRAPHS = "compiled+graphs", "compiled"
 EAGER = ("eager+graphs", "eager")
 
@@ -197,59 +197,18 @@ def speed(arguments: argparse.Namespace) -> None:
     train_report.write(records, arguments.out)
 
 
-MEMORY_ROUTERS = ("topk", "token_rounding")
-
-
 def memory(arguments: argparse.Namespace) -> None:
     """`sonicmoe memory` for every model and router, at once; its measured rows as records."""
-    jobs = list(product(arguments.models or MODELS, MEMORY_ROUTERS))
+    own = {"layers": arguments.layers, "sequences": arguments.sequences}
+    jobs = list(product(arguments.models or MODELS, ROUTERS))
     with ThreadPoolExecutor(len(jobs)) as pool:
-        found = pool.map(lambda job: _measured_bytes(*job, arguments), jobs)
+        found = pool.map(lambda job: measured_bytes(*job, folder=arguments.work, **own), jobs)
     records = [record for rows in found for record in rows]
     if not records:
         sys.exit("bench_train: nothing was measured, see the logs")
     path = arguments.out / f"{train_report.MEMORY_NAME}.json"
     path.write_text(json.dumps(records, indent=1) + "\n")
-    _report(arguments)
-
-
-def _measured_bytes(model: str, router: str, arguments: argparse.Namespace) -> list[dict]:
-    own, folder = MODELS[model], arguments.work / f"memory_{model}_{router}"
-    folder.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "sonicmoe_titan.cli", "memory"]
-    words += [str(ROOT / "configs" / own.config), "--out", str(folder), "--gpus", "1"]
-    options = sizes(model, steps=1, layers=arguments.layers, sequences=arguments.sequences)
-    options |= {
-        "model.router": router,
-        "model.aux_loss_coeff": 0,
-        "model.z_loss_coeff": 0,
-        "activation_checkpoint.kind": "none",
-        "parallelism.data_parallel_replicate_degree": 1,
-        "parallelism.data_parallel_shard_degree": 1,
-    }
-    words += [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    with (folder / "log").open("w") as log:
-        code = subprocess.run(words, stdout=log, stderr=log, cwd=ROOT, check=False).returncode
-    table = folder / "memory.csv"
-    if not table.exists():
-        print(f"memory of {model}, {router}: ended with {code}, see {log.name}", file=sys.stderr)
-        return []
-    with table.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["table"] == "measured"]
-    return [
-        {
-            "model": model,
-            "router": router,
-            "what": row["name"],
-            "tokens": SEQ_LEN * int(options["training.local_batch_size"]),
-            "layers": options["model.num_layers"],
-            "predicted_bytes": int(row["predicted_bytes"]),
-            "measured_bytes": int(row["measured_bytes"]),
-            "versions": facts.versions(),
-            **facts.where_and_when(),
-        }
-        for row in rows
-    ]
+    report(arguments)
 
 
 def losses(arguments: argparse.Namespace) -> None:
@@ -262,7 +221,7 @@ def losses(arguments: argparse.Namespace) -> None:
             {"router": router, "mode": mode, "run": name},
             shared | {"model.router": router} | MODES[mode] | options,
         )
-        for router in MEMORY_ROUTERS
+        for router in ROUTERS
         for mode in arguments.modes or MODES
         for name, options in train_losses.RUNS.items()
     ]
@@ -299,7 +258,7 @@ def profile(arguments: argparse.Namespace) -> None:
             print(f"== {run.name}\n{text}", flush=True)
 
 
-def _report(arguments: argparse.Namespace) -> None:
+def report(arguments: argparse.Namespace) -> None:
     """Tables and figures of what the folder holds."""
     for name, write in ((train_report.NAME, train_report), (train_losses.NAME, train_losses)):
         path = arguments.out / f"{name}.json"
@@ -312,7 +271,7 @@ ACTIONS = {
     "memory": memory,
     "losses": losses,
     "profile": profile,
-    "report": _report,
+    "report": report,
 }
 STEPS = {"speed": 40, "losses": 200, "profile": 20}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bench.figures import bare, can_draw, figure
 from bench.moe_report import table, where
 
 NAME = "granularity_h100"
@@ -25,7 +26,8 @@ PEER_COLORS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999", "#F0E442")
 def write(records: list[dict], folder: Path) -> None:
     """Markdown and figure beside the JSON."""
     (folder / f"{NAME}.md").write_text("\n".join(markdown(records)) + "\n")
-    write_figure(records, folder / f"{NAME}.png")
+    if can_draw():
+        write_figure(records, folder / f"{NAME}.png")
 
 
 def by_experts(records: list[dict]) -> dict[int, dict[str, dict]]:
@@ -129,22 +131,13 @@ def _memory(records: list[dict]) -> list[str]:
 
 def write_figure(records: list[dict], path: Path) -> None:
     """Left: resident GiB over granularity. Right: forward rate beside the bound."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = by_experts(records)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
-    _draw_memory(left, [of["sonicmoe"] for of in rows.values() if "sonicmoe" in of])
-    _draw_rates(right, list(rows.values()))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.4, color="#cccccc")
-        axes.set_axisbelow(True)
-    figure.supxlabel(where(records), fontsize=7.5, color="#555555")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (10.5, 4.4)
+    with figure(path, columns=2, size=size, caption=where(records)) as (_, ((left, right),)):
+        _draw_memory(left, [of["sonicmoe"] for of in rows.values() if "sonicmoe" in of])
+        _draw_rates(right, list(rows.values()))
+        bare(left)
+        bare(right)
 
 
 def _draw_memory(axes, ours: list[dict]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.figures import bare, figure, legend_above
 from bench.moe_report import IMPLEMENTATIONS, MIB, by_shape, tflops, where
 
 SHAPES_PER_ROW = 6  # of a figure
@@ -21,27 +22,17 @@ def write(records: list[dict], stem: Path) -> None:
 
 def _write_figure(records: list[dict], path: Path, panel: str) -> None:
     """Bars per shape and implementation; for memory, hatched up to the peak of a step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     table = by_shape(records)
     shapes = list(table)
     impls = [name for name in IMPLEMENTATIONS if any(name in of for of in table.values())]
     chunks = [shapes[i : i + SHAPES_PER_ROW] for i in range(0, len(shapes), SHAPES_PER_ROW)]
-    figure, grid = plt.subplots(
-        len(chunks), 1, figsize=(10, 0.9 + 2.9 * len(chunks)), squeeze=False, layout="constrained"
-    )
-    for axes, chunk in zip(grid[:, 0], chunks, strict=True):
-        _draw_row(axes, [table[shape] for shape in chunk], impls, panel)
-        axes.set_xticks(range(len(chunk)), [_tick(shape, table[shape]) for shape in chunk])
-        axes.set_xlim(-0.6, SHAPES_PER_ROW - 0.4 if len(chunks) > 1 else len(chunk) - 0.4)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
-    figure.supxlabel(where(records), fontsize=8, color="#555555")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (10, 0.9 + 2.9 * len(chunks))
+    with figure(path, rows=len(chunks), size=size, caption=where(records)) as (drawn, grid):
+        for axes, chunk in zip(grid[:, 0], chunks, strict=True):
+            _draw_row(axes, [table[shape] for shape in chunk], impls, panel)
+            axes.set_xticks(range(len(chunk)), [_tick(shape, table[shape]) for shape in chunk])
+            axes.set_xlim(-0.6, SHAPES_PER_ROW - 0.4 if len(chunks) > 1 else len(chunk) - 0.4)
+        legend_above(drawn, grid[0, 0], columns=3)
 
 
 def _tick(shape: str, by_impl: dict[str, dict]) -> str:
@@ -80,10 +71,8 @@ def _draw_row(axes, rows: list[dict[str, dict]], impls: list[str], panel: str) -
     else:
         axes.set_ylabel("GiB: kept for backward\n(pale, with number: peak)")
     axes.margins(y=0.14)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="x", labelsize=8, length=0)
-    axes.grid(axis="y", linewidth=0.4, color="#cccccc")
-    axes.set_axisbelow(True)
+    bare(axes)
 
 
 def _ceiling(record: dict) -> float:

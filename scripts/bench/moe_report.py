@@ -8,6 +8,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from bench.figures import can_draw
+
 NAME = "moe_layer_h100"
 # Name of the record, label, colour (Okabe and Ito's palette, told apart by the colour-blind).
 IMPLEMENTATIONS = {
@@ -53,7 +55,8 @@ def write(records: list[dict], folder: Path) -> None:
     _write_csv(records, folder / f"{NAME}.csv")
     lines = _markdown(records) + moe_goals.sections(records) + _versions(records)
     (folder / f"{NAME}.md").write_text("\n".join(lines) + "\n")
-    moe_figures.write(records, folder / NAME)
+    if can_draw():
+        moe_figures.write(records, folder / NAME)
 
 
 def _write_csv(records: list[dict], path: Path) -> None:
@@ -78,10 +81,11 @@ def by_shape(records: list[dict]) -> Shapes:
 
 def where(records: list[dict]) -> str:
     """Device, driver, commits and dates of all records, in a line."""
-    facts = {}
-    for key in ("device", "driver", "commit", "date"):
-        facts[key] = " and ".join(sorted({str(r[key]) for r in records if key in r})) or "unknown"
-    return "{device}, driver {driver}, commit {commit}, {date}".format(**facts)
+    words = []
+    for key, name in (("device", ""), ("driver", "driver "), ("commit", "commit "), ("date", "")):
+        found = sorted({str(r[key]) for r in records if key in r})
+        words += [name + " and ".join(found)] if found else []
+    return ", ".join(words)
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:

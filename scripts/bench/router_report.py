@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.figures import bare, can_draw, figure, legend_above
 from bench.moe_report import IMPLEMENTATIONS, SIZES, table, where
 
 NAME = "moe_router_h100"
 TOPK = "topk"
+LINES = {TOPK: "-", "nearest": "--"}
 
 
 def key(record: dict) -> tuple[str, str, str]:
@@ -21,7 +23,8 @@ def key(record: dict) -> tuple[str, str, str]:
 def write(records: list[dict], folder: Path) -> None:
     """Markdown and, where a shape has several routers, a figure beside the JSON."""
     (folder / f"{NAME}.md").write_text("\n".join(markdown(records)) + "\n")
-    write_figure(records, folder / f"{NAME}.png")
+    if can_draw():
+        write_figure(records, folder / f"{NAME}.png")
 
 
 def markdown(records: list[dict]) -> list[str]:
@@ -89,11 +92,6 @@ def _gains(records: list[dict]) -> list[str]:
 
 def write_figure(records: list[dict], path: Path) -> None:
     """Steps per shape: every router of every implementation, sparser shapes to the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     families: dict[str, list[str]] = {}
     for shape in dict.fromkeys(r["shape"] for r in records):
         family, _, experts = shape.rpartition("_E")
@@ -101,34 +99,28 @@ def write_figure(records: list[dict], path: Path) -> None:
             families.setdefault(family, []).append(shape)
     if not families:
         return
-    figure, grid = plt.subplots(
-        1,
-        len(families),
-        figsize=(1 + 3.6 * len(families), 3.8),
-        layout="constrained",
-        squeeze=False,
-    )
-    styles = {TOPK: "-", "nearest": "--"}
-    for axes, (family, shapes) in zip(grid[0], families.items(), strict=True):
-        for impl, router in dict.fromkeys((r["impl"], r["router"]) for r in records):
-            found = [r for s in shapes if (r := _find(records, s, impl, router)) is not None]
-            label, color = IMPLEMENTATIONS[impl]
-            x, y = [r["E"] for r in found], [r["step_ms"] for r in found]
-            style = styles.get(router, ":")
-            axes.plot(x, y, style, marker="o", color=color, label=f"{label}, {router}")
-        first = next(r for r in records if r["shape"] == shapes[0])
-        axes.set_title(f"D {first['D']}, F {first['F']}, K {first['K']}, T {first['T']}", size=9)
-        axes.set_xscale("log", base=2)
-        experts = [int(shape.rpartition("_E")[2]) for shape in shapes]
-        axes.set_xticks(experts, [str(E) for E in experts])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("experts E")
-        axes.grid(linewidth=0.4, color="#cccccc")
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_ylabel("forward + backward, ms\nrouter included")
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
-    figure.supxlabel(where(records), fontsize=7, color="#555555")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (1 + 3.6 * len(families), 3.8)
+    with figure(path, columns=len(families), size=size, caption=where(records)) as (drawn, grid):
+        for axes, shapes in zip(grid[0], families.values(), strict=True):
+            _draw(axes, records, shapes)
+        grid[0][0].set_ylabel("forward + backward, ms\nrouter included")
+        legend_above(drawn, grid[0][0], columns=2)
+
+
+def _draw(axes, records: list[dict], shapes: list[str]) -> None:
+    for impl, router in dict.fromkeys((r["impl"], r["router"]) for r in records):
+        found = [r for r in records if r["shape"] in shapes and key(r)[1:] == (impl, router)]
+        found.sort(key=lambda r: r["E"])
+        name, color = IMPLEMENTATIONS[impl]
+        x, y = [r["E"] for r in found], [r["step_ms"] for r in found]
+        style = LINES.get(router, ":")
+        axes.plot(x, y, style, marker="o", color=color, label=f"{name}, {router}")
+    first = next(r for r in records if r["shape"] == shapes[0])
+    axes.set_title(f"D {first['D']}, F {first['F']}, K {first['K']}, T {first['T']}", size=9)
+    axes.set_xscale("log", base=2)
+    experts = sorted(int(shape.rpartition("_E")[2]) for shape in shapes)
+    axes.set_xticks(experts, [str(E) for E in experts])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("experts E")
+    bare(axes)

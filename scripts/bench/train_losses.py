@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bench.figures import can_draw, figure
+from bench.moe_report import where
+
 NAME = "losses_7b_proxy_h100"
 # Two initialisations that differ by less than bfloat16 resolves: every rounding falls anew.
 RUNS = {
@@ -17,7 +20,8 @@ RUNS = {
 def write(rows: list[dict], folder: Path) -> None:
     """Markdown and figure beside the JSON."""
     (folder / f"{NAME}.md").write_text(loss_table(rows))
-    draw_losses(rows, folder / f"{NAME}.png")
+    if can_draw():
+        draw_losses(rows, folder / f"{NAME}.png")
 
 
 def distances(rows: list[dict], router: str, mode: str) -> dict[str, list[float]]:
@@ -36,7 +40,7 @@ def loss_table(rows: list[dict]) -> str:
     lines = [
         "# Losses of the Hopper backend beside the torch backend's",
         "",
-        f"{first['device']}, torch {first['versions']['torch']}, commit {first['commit']}, {first['date']}; "
+        f"{where(rows)}, torch {first['versions']['torch']}; "
         f"`python scripts/bench_train.py losses`. {first['layers']} layers of configs/moe_7b.toml, "
         "4096 tokens a step, real text, one seed. Distance of the loss (nats) to the torch "
         'backend\'s at the same step; "other rounding" is the torch backend from weights that '
@@ -63,28 +67,19 @@ def loss_table(rows: list[dict]) -> str:
 
 def draw_losses(rows: list[dict], path: Path) -> None:
     """Loss curves above, distances to the torch backend below; one column a router and mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = list(dict.fromkeys((r["router"], r["mode"]) for r in rows))
     colors = dict(zip(RUNS, ("#0072B2", "#333333", "#E69F00"), strict=True))
-    figure, axes = plt.subplots(
-        2, len(panels), figsize=(4 * len(panels), 6), sharex=True, sharey="row", squeeze=False
-    )
-    for (router, mode), (above, below) in zip(panels, axes.T, strict=True):
-        for r in rows:
-            if (r["router"], r["mode"]) == (router, mode):
-                above.plot(r["losses"], label=r["run"], color=colors[r["run"]], linewidth=1)
-        for name, apart in distances(rows, router, mode).items():
-            below.semilogy(apart, label=name, color=colors[name], linewidth=0.8)
-        above.set_title(f"{router}, {mode}", fontsize=10)
-        below.set_xlabel("step")
-        below.legend(fontsize=8)
-        above.legend(fontsize=8)
-    axes[0][0].set_ylabel("loss, nats")
-    axes[1][0].set_ylabel("distance to torch, nats")
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    size = (4 * len(panels), 6)
+    with figure(path, rows=2, columns=len(panels), size=size, caption=where(rows)) as (_, axes):
+        for (router, mode), (above, below) in zip(panels, axes.T, strict=True):
+            for r in rows:
+                if (r["router"], r["mode"]) == (router, mode):
+                    above.plot(r["losses"], label=r["run"], color=colors[r["run"]], linewidth=1)
+            for name, apart in distances(rows, router, mode).items():
+                below.semilogy(apart, label=name, color=colors[name], linewidth=0.8)
+            above.set_title(f"{router}, {mode}", fontsize=10)
+            below.set_xlabel("step")
+            below.legend(fontsize=8)
+            above.legend(fontsize=8)
+        axes[0][0].set_ylabel("loss, nats")
+        axes[1][0].set_ylabel("distance to torch, nats")

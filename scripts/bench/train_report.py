@@ -8,13 +8,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench.figures import bare, can_draw, figure, legend_above
 from bench.moe_report import table, where
 
 NAME = "train_h100"
 MEMORY_NAME = "train_memory_h100"
 SECONDS_A_DAY = 86400
 GIB = 2.0**30
-COLORS = {"stock": "#999999", "top-k": "#0072B2", "rounding": "#56B4E9", "torch": "#E69F00"}
+# Panels of the figure: title, factor, format.
+QUANTITIES = {
+    "tokens_per_s": ("thousand tokens/s", 1e-3, "%.0f"),
+    "peak_gib": ("GiB reserved", 1.0, "%.1f"),
+}
+# Of a block by a word of its label, the first that fits, in the order of the bars.
+COLORS = {
+    "stock": "#999999",
+    "torch backend": "#E69F00",
+    "top-k": "#0072B2",
+    "rounding": "#56B4E9",
+}
 
 
 def key(record: dict) -> tuple[object, ...]:
@@ -44,7 +56,8 @@ def write(records: list[dict], folder: Path) -> None:
     path = folder / f"{MEMORY_NAME}.json"
     memory = json.loads(path.read_text()) if path.exists() else []
     (folder / f"{NAME}.md").write_text("\n".join(markdown(records, memory)) + "\n")
-    write_figure(records, folder / f"{NAME}.png")
+    if can_draw():
+        write_figure(records, folder / f"{NAME}.png")
 
 
 def markdown(records: list[dict], memory: list[dict]) -> list[str]:
@@ -154,46 +167,35 @@ def _memory(records: list[dict], memory: list[dict]) -> list[str]:
     if not rows:
         return []
     text = (
-        f"{where(memory)}; `python scripts/bench_train.py memory`: what autograd keeps of one layer "
-        "(eager, no activation checkpointing), and as many GiB for all layers of the model."
+        f"{where(memory)}; `python scripts/bench_train.py memory`: what autograd keeps of one "
+        "layer (eager, no activation checkpointing), and as many GiB for all layers of the model."
     )
     header = ["model", "router", "of a layer", "tokens", "predicted bytes", "measured bytes"]
     header += ["difference", "all layers, predicted GiB", "all layers, measured GiB"]
     return ["", "## Activations kept for the backward", "", text, "", *table(header, rows)]
 
 
+def _color(name: str) -> str:
+    return next(color for word, color in COLORS.items() if word in name)
+
+
 def write_figure(records: list[dict], path: Path) -> None:
     """Tokens/s (left) and reserved memory (right) of every block at its best mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [(group, best_of(records, *group)) for group in groups(records)]
-    names = list(dict.fromkeys(name for _, best in rows for name in best))
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    shown = {
-        "tokens_per_s": ("thousand tokens/s", lambda v: v / 1e3),
-        "peak_gib": ("GiB reserved", float),
-    }
-    width = 0.8 / len(names)
-    for axes, (quantity, (title, scale)) in zip(panels, shown.items(), strict=True):
-        for i, name in enumerate(names):
-            points = [(x, best[name]) for x, (_, best) in enumerate(rows) if name in best]
-            at = [x + (i - (len(names) - 1) / 2) * width for x, _ in points]
-            values = [scale(r[quantity]) for _, r in points]
-            color = next(c for word, c in COLORS.items() if word in name)
-            bars = axes.bar(at, values, width, label=name, color=color)
-            axes.bar_label(bars, fmt="%.0f" if quantity == "tokens_per_s" else "%.1f", fontsize=8)
-        ticks = [f"{model}\n{balance} routing" for (model, balance), _ in rows]
-        axes.set_xticks(range(len(rows)), ticks, fontsize=8)
-        axes.set_xlim(-0.6, max(len(rows), 2) - 0.4)
-        axes.set_ylabel(title)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.4, color="#cccccc")
-        axes.set_axisbelow(True)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=9, frameon=False)
-    figure.supxlabel(where(records), fontsize=7.5, color="#555555")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    found = {name: _color(name) for _, best in rows for name in best}
+    names = sorted(found, key=lambda name: [*COLORS.values()].index(found[name]))
+    with figure(path, columns=2, size=(10, 4), caption=where(records)) as (drawn, (panels,)):
+        for axes, (quantity, (title, scale, text)) in zip(panels, QUANTITIES.items(), strict=True):
+            width = 0.8 / len(names)
+            for i, name in enumerate(names):
+                points = [(x, best[name]) for x, (_, best) in enumerate(rows) if name in best]
+                at = [x + (i - (len(names) - 1) / 2) * width for x, _ in points]
+                values = [scale * r[quantity] for _, r in points]
+                bars = axes.bar(at, values, width, label=name, color=found[name])
+                axes.bar_label(bars, fmt=text, fontsize=8)
+            ticks = [f"{model}\n{balance} routing" for (model, balance), _ in rows]
+            axes.set_xticks(range(len(rows)), ticks, fontsize=8)
+            axes.set_xlim(-0.6, max(len(rows), 2) - 0.4)
+            axes.set_ylabel(title)
+            bare(axes)
+        legend_above(drawn, panels[0], columns=3)
