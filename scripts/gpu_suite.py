@@ -9,7 +9,8 @@
 GPUs may be had for minutes at a time: a part is what fits ten of them, with a time limit, in
 process groups of its own, with a log file; a failing part stops nobody; the summary (also
 summary.json beside the logs) says what passed, failed, timed out or was left out for --deadline,
-and the exit code is 1 unless every part passed. A name before a dash stands for all its parts: `tests`, `sanitizer`, `moe`.
+and the exit code is 1 unless every part passed. A name before a dash stands for all its parts:
+`tests`, `sanitizer`, `moe`.
 """
 
 from __future__ import annotations
