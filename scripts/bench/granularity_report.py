@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {
     "bound": ("bound: cuBLAS BMM + activation + BMM + aggregation", "#000000"),
 }
 PAPER_SHARE = 0.88  # of the bound, on average (section 1 and Figure 1)
-PEER_COLORS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999", "#F0E442")
+PEER_COLORS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999", "#000000")
 
 
 def write(records: list[dict], folder: Path) -> None:

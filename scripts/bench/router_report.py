@@ -121,6 +121,6 @@ def _draw(axes, records: list[dict], shapes: list[str]) -> None:
     experts = sorted(int(shape.rpartition("_E")[2]) for shape in shapes)
     axes.set_xticks(experts, [str(E) for E in experts])
     axes.minorticks_off()
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.set_xlabel("experts E")
     bare(axes)
