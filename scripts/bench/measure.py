@@ -15,7 +15,7 @@ from torch import Tensor
 
 WARM_STEPS = 3  # of a round, before it is timed
 PROFILED_STEPS = 5
-HOST_STEPS = 20
+HOST_STEPS, HOST_S = 20, 0.4  # whichever comes first
 REPLAYS = 50
 STEPS_AHEAD = 16  # that the host may be ahead of the GPU in a timed loop
 TUNING_MS = {"warmup": 5, "rep": 25}  # of one candidate of a Triton autotuner, as quack's own has
@@ -102,8 +102,9 @@ def kernel_times(call: Callable[[], object]) -> dict[str, tuple[float, float]]:
 
 def host_us(call: Callable[[], object]) -> float:
     """Median host time that one call takes to enqueue, the GPU being idle."""
-    spans = []
-    for _ in range(HOST_STEPS):
+    spans: list[float] = []
+    began = time.monotonic()
+    while len(spans) < 5 or (len(spans) < HOST_STEPS and time.monotonic() - began < HOST_S):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         call()
