@@ -3,6 +3,7 @@
 
     python scripts/bench_router.py --shapes sparsest --routers topk nearest balance --append
     python scripts/bench_router.py --impls sonicmoe official --pythonpath official=/opt/official
+    python scripts/bench_router.py --build             our kernels for it, no GPU
     python scripts/bench_router.py --report            table and figure again, no GPU
 
 Measured is what the paper's figures leave out: gate, top-k, routing plan (with rounding), experts
@@ -23,6 +24,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +32,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
 from bench import facts, router_report  # noqa: E402
 from bench.process import Turn, WorkerProcess, alternate  # noqa: E402
+from sonicmoe_kernels import kernel_lists  # noqa: E402
 from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
+from sonicmoe_kernels.tiles import TopKOptions  # noqa: E402
+from sonicmoe_kernels.warmup import warm_up  # noqa: E402
 
 # The paper's shapes for token rounding (arXiv 2512.14080, Fig. 13), and its two model shapes.
 SHAPES = {
@@ -45,6 +50,23 @@ GROUPS = {"sparsest": ("d1536_n256_E512", "d4096_n1024_E256", "d4096_n512_E512")
 GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["sparsest"], *SHAPES)))
 ROUTERS = ("topk", *ROUNDINGS)
 OFFICIAL_ROUTERS = ("topk", "nearest", "up", "down")  # what its benchmark can do
+
+
+def shapes_named(names: list[str]) -> list[str]:
+    """Names of shapes from names of shapes and groups, each once."""
+    return list(dict.fromkeys(shape for name in names for shape in GROUPS.get(name, (name,))))
+
+
+def specs_of(shape: str, routers: Sequence[str]) -> list:
+    """Every kernel of ours that a shape's layer launches; its logits are bf16."""
+    _, D, F, E, K = SHAPES[shape]
+    options = TopKOptions(E, K, "bfloat16", "softmax", "before", renormalize=True, has_bias=False)
+    plans = [None if router == "topk" else router for router in routers]
+    return [
+        *kernel_lists.specs(d=D, f=F, num_experts=E, top_k=K),
+        *kernel_lists.topk_kernels(options),
+        *(s for r in plans for s in kernel_lists.plan_specs(num_experts=E, top_k=K, rounding=r)),
+    ]
 
 
 def turns(shape: str, workers: dict[str, WorkerProcess], arguments: argparse.Namespace) -> list:
@@ -106,9 +128,7 @@ def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> N
         for impl in arguments.impls
     }
     try:
-        for shape in dict.fromkeys(
-            s for name in arguments.shapes for s in GROUPS.get(name, [name])
-        ):
+        for shape in shapes_named(arguments.shapes):
             seconds = time.monotonic() - began
             if arguments.deadline and seconds > arguments.deadline:
                 print(f"{shape}: left out, {seconds:.0f} s are over", flush=True)
@@ -144,8 +164,15 @@ def main() -> None:
     parser.add_argument("--pythonpath", nargs="*", default=[], metavar="IMPL=PATHS")
     parser.add_argument("--append", action="store_true", help="to the records that --out holds")
     parser.add_argument("--report", action="store_true", help="of the records, measuring nothing")
+    parser.add_argument("--build", action="store_true", help="compile our kernels and stop")
+    parser.add_argument("--jobs", type=int, help="of --build; one per core otherwise")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     arguments = parser.parse_args()
+    if arguments.build:
+        shapes = shapes_named(arguments.shapes)
+        wanted = [spec for shape in shapes for spec in specs_of(shape, arguments.routers)]
+        warm_up(wanted, jobs=arguments.jobs)
+        return
     path = arguments.out / f"{router_report.NAME}.json"
     keep = (arguments.append or arguments.report) and path.exists()
     records = json.loads(path.read_text()) if keep else []

@@ -35,7 +35,7 @@ def markdown(records: list[dict]) -> list[str]:
         "",
         f"{where(records)}, torch {torch}; `python scripts/bench_router.py`. bf16, gate + top-k + "
         "plan (+ rounding to 128 rows) + experts, forward and backward. Every implementation in a "
-        "process of its own; loops are sustained, rounds alternate; medians. Kernels, router share "
+        "process of its own, the gate in bf16; loops are sustained, rounds alternate; medians. Kernels, router share "
         "and launches: the profiler's, per step; the router is everything but the experts' eight "
         "kernels, the gate's own GEMMs included. Padding waste: rows of whole 128-row tiles over "
         "the tokens' rows, less 1. The official package has no router for token rounding; there it "

@@ -69,7 +69,7 @@ def ours(layer: Layer, router: str) -> Routed:
     weights = [layer.w1_EFD, layer.w3_EFD, layer.w2_EDF]
 
     def plan() -> RoutingPlan:
-        logits_TE = torch.nn.functional.linear(layer.x_TD, layer.gate_ED).float()
+        logits_TE = torch.nn.functional.linear(layer.x_TD, layer.gate_ED)  # bf16, as the official's
         routed = route_topk(
             logits_TE, top_k=layer.top_k, renormalize=True, all_scores=router != "topk"
         )

@@ -12,7 +12,6 @@ from bench.process import ROOT
 
 PYTHON = sys.executable
 CONFIGS = ("moe_7b", "moe_1p4b_k2", "moe_1p4b_k8", "debug")
-ROUNDINGS = ("nearest", "balance")  # of the layer benchmarks
 HUGE_TESTS = "31_bits or 2_to_the_31"  # several GiB each
 
 
@@ -207,17 +206,11 @@ def _sanitizer() -> dict[str, Part]:
 
 def _warmup(jobs: int) -> tuple[list[str], ...]:
     """Commands that fill the kernel cache; they need no GPU."""
-    from bench_router import SHAPES
-
     cores = ("--jobs", str(jobs))
-    shapes = [
-        word for _, *sizes in SHAPES.values() for word in ("--shape", ",".join(map(str, sizes)))
-    ]
-    kernels = [PYTHON, "-m", "sonicmoe_kernels.warmup", *shapes, *cores, "--rounding"]
     run = [PYTHON, "-m", "sonicmoe_titan.cli", "warmup"]
     return (
         script("gpu_check.py", "build", "--cases", "small,extra,activations,all", *cores),
-        *([*kernels, rounding] for rounding in ROUNDINGS),
+        script("bench_router.py", "--build", *cores),
         *(
             [*run, str(ROOT / "configs" / f"{name}.toml"), *cores, "--model.router", router]
             for name in CONFIGS
