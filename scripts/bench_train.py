@@ -135,7 +135,8 @@ def summary(row: Row, run: Run, records: list[dict]) -> dict:
     windows = [record for record in records if TOKENS_PER_S in record]
     speeds = [record[TOKENS_PER_S] for record in windows]
     tokens = SEQ_LEN * int(run.options["training.global_batch_size"])
-    first, middle, third = statistics.quantiles([1e3 * tokens / s for s in speeds], n=4)
+    steps_ms = [1e3 * tokens / speed for speed in speeds]
+    first, middle, third = statistics.quantiles(steps_ms * 2, n=4)  # also of a single window
     predicted = {}
     if row.block != "stock" and PREDICTED in records[-1]:
         predicted = {"activations_predicted_gib": records[-1][PREDICTED]}
@@ -152,7 +153,7 @@ def summary(row: Row, run: Run, records: list[dict]) -> dict:
         "active_gib": max(record[ACTIVE] for record in records),
         **predicted,
         "last_loss": records[-1][LOSS],
-        "wall_s": sum(record.get("wall_s", 0.0) for record in records),
+        "wall_s": max(record.get("wall_s", 0.0) for record in records),
         "versions": facts.versions(),
         **facts.where_and_when(),
     }
@@ -187,7 +188,7 @@ def speed(arguments: argparse.Namespace) -> None:
             continue
         run = run_of(row, arguments, {"metrics.log_freq": arguments.log_freq})
         seen[row] += train(run, arguments.work, min(arguments.timeout, left))
-        if seen[row]:
+        if any(TOKENS_PER_S in record for record in seen[row]):
             new = summary(row, run, seen[row])
             records = [r for r in records if train_report.key(r) != train_report.key(new)] + [new]
             path.write_text(json.dumps(records, indent=1) + "\n")

@@ -56,6 +56,7 @@ def where_and_when() -> dict[str, str]:
         **dict(zip(fields, values if known else ["unknown"] * len(fields), strict=True)),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
+        "started": datetime.datetime.now().isoformat(timespec="seconds"),  # tells runs apart
     }
 
 

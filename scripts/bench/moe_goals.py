@@ -8,7 +8,15 @@ from __future__ import annotations
 import statistics
 from typing import NamedTuple
 
-from bench.moe_report import IMPLEMENTATIONS, Shapes, by_shape, table, tflops
+from bench.moe_report import (
+    IMPLEMENTATIONS,
+    Shapes,
+    by_shape,
+    footnote,
+    mark,
+    table,
+    tflops,
+)
 
 LARGEST_LOSSES = 12
 FEW_ROWS = 512  # per expert: where partial tiles and weights cost most
@@ -44,14 +52,15 @@ def margins(shapes: Shapes) -> list[str]:
         few = [(p, o) for p, o in pairs if o["T"] * o["K"] <= FEW_ROWS * o["E"]]
         for label, chosen in (("all", pairs), (f"at most {FEW_ROWS}", few)):
             if chosen:
-                cells = [IMPLEMENTATIONS[peer][0], label, str(len(chosen))]
+                apart = " *" if any(mark(*pair) for pair in chosen) else ""
+                cells = [IMPLEMENTATIONS[peer][0], label, str(len(chosen)) + apart]
                 for key in ("fwd_bwd_ms", "kernel_ms"):
                     gains = [theirs[key] / ours[key] - 1 for theirs, ours in chosen]
                     cells.append(f"{statistics.mean(gains):+.1%} ({min(gains):+.1%})")
                 rows.append(cells)
     text = "How much longer the peer takes: mean over the shapes that both were measured on, least."
     header = ["peer", "rows per expert", "shapes", "loop: mean (least)", "kernels: mean (least)"]
-    return _section("Ahead by", text, header, rows)
+    return _section("Ahead by", text, header, rows) + footnote(rows)
 
 
 def losses(ours: list[dict]) -> list[str]:

@@ -97,6 +97,18 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def mark(theirs: dict, ours: dict) -> str:
+    """A star where two records are of different runs, whose machines and clocks may differ."""
+    same = all(theirs.get(key) == ours.get(key) for key in ("started", "commit", "date"))
+    return "" if same else " *"
+
+
+def footnote(rows: list[list[str]]) -> list[str]:
+    """What the stars of a table mean, if it has any."""
+    starred = any(cell.endswith("*") for row in rows for cell in row)
+    return ["", "\\* measured in another run than ours."] if starred else []
+
+
 def _markdown(records: list[dict]) -> list[str]:
     lines = [
         "# The experts of one MoE layer on an H100",
@@ -148,10 +160,11 @@ def _against_peers(records: list[dict]) -> list[str]:
             cells = [shape, f"{ours['T'] * ours['K'] // ours['E']}"]
             for peer in peers:
                 theirs = by_impl.get(peer)
-                cells.append(_ratios(theirs, ours) if theirs else "")
+                cells.append(_ratios(theirs, ours) + mark(theirs, ours) if theirs else "")
             rows.append(cells)
     header = ["shape", "rows per expert", *(IMPLEMENTATIONS[p][0] for p in peers)]
-    return ["", "## Time of a peer over ours: loop (kernels)", "", *table(header, rows)]
+    title = "## Time of a peer over ours: loop (kernels)"
+    return ["", title, "", *table(header, rows), *footnote(rows)]
 
 
 def _ratios(theirs: dict, ours: dict) -> str:

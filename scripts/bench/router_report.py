@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bench.figures import bare, can_draw, figure, legend_above
-from bench.moe_report import IMPLEMENTATIONS, SIZES, table, where
+from bench.moe_report import IMPLEMENTATIONS, SIZES, footnote, mark, table, where
 
 NAME = "moe_router_h100"
 TOPK = "topk"
@@ -35,10 +35,10 @@ def markdown(records: list[dict]) -> list[str]:
         "",
         f"{where(records)}, torch {torch}; `python scripts/bench_router.py`. bf16, gate + top-k + "
         "plan (+ rounding to 128 rows) + experts, forward and backward. Every implementation in a "
-        "process of its own, the gate in bf16; loops are sustained, rounds alternate; medians. Kernels, router share "
-        "and launches: the profiler's, per step; the router is everything but the experts' eight "
-        "kernels, the gate's own GEMMs included. Padding waste: rows of whole 128-row tiles over "
-        "the tokens' rows, less 1. The official package has no router for token rounding; there it "
+        "process of its own, the gate in bf16; loops are sustained, rounds alternate; medians. "
+        "Kernels, router share and launches: the profiler's, per step; the router is everything "
+        "but the experts' eight kernels, the gate's own GEMMs included. Padding waste: rows of "
+        "whole 128-row tiles over the tokens' rows, less 1. The official package has no router for token rounding; there it "
         "is the paper's Algorithm 4 in torch operations, as its own benchmark computes it.",
         "",
     ]
@@ -83,11 +83,13 @@ def _gains(records: list[dict]) -> list[str]:
         if r["impl"] != "sonicmoe" or official is None:
             continue
         cells = [r["shape"], str(r["rows_per_expert"]), r["router"]]
-        rows.append([*cells, f"{official['step_ms'] / r['step_ms'] - 1:+.1%}"])
+        gain = f"{official['step_ms'] / r['step_ms'] - 1:+.1%}"
+        rows.append([*cells, gain + mark(official, r)])
     if not rows:
         return []
     header = ["shape", "rows per expert", "our router", "official top-k takes longer by"]
-    return ["", "## Against the official package's token choice", "", *table(header, rows)]
+    title = "## Against the official package's token choice"
+    return ["", title, "", *table(header, rows), *footnote(rows)]
 
 
 def write_figure(records: list[dict], path: Path) -> None:

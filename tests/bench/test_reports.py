@@ -100,7 +100,7 @@ def test_layer_report_answers_every_question(tmp_path: Path) -> None:
         _moe_record("7b", "sonicmoe", **rates, sm_mhz=1500.0, power_w=650.0),
         _moe_record("7b", "official", scale=1.1),
         _moe_record("sparse", "sonicmoe"),
-        _moe_record("sparse", "official", scale=1.3),
+        _moe_record("sparse", "official", scale=1.3, started="earlier"),
         _moe_record("7b_zipf", "sonicmoe", scale=1.07),
         _moe_record("7b_t1k", "sonicmoe", graph_ms=0.2, graph_host_us=9.0),
         _moe_record("7b_t4k", "sonicmoe", graph_error="operation not permitted"),
@@ -108,8 +108,10 @@ def test_layer_report_answers_every_question(tmp_path: Path) -> None:
     moe_report.write(records, tmp_path)
     text = (tmp_path / f"{moe_report.NAME}.md").read_text()
     # a peer that takes 1.1 and 1.3 times as long: 20% on average, 10% at least
-    assert "| official sonic-moe | all | 2 | +20.0% (+10.0%) | +20.0% (+10.0%) |" in text
-    assert "| official sonic-moe | at most 512 | 1 | +30.0% (+30.0%) |" in text
+    assert "| official sonic-moe | all | 2 * | +20.0% (+10.0%) | +20.0% (+10.0%) |" in text
+    assert "| official sonic-moe | at most 512 | 1 * | +30.0% (+30.0%) |" in text
+    assert "| 1.10 (1.10) |" in text and "| 1.30 (1.30) * |" in text
+    assert "measured in another run" in text
     assert "| 7b | Zipf 1.2 | SonicMoE (ours) |" in text and "| +7.0% |" in text
     assert "700, 3.10" in text and "| 1500 | 650 |" in text
     assert "| 0.200 | 9 |" in text and "operation not permitted" in text
@@ -258,7 +260,7 @@ def test_router_report_compares_with_the_official_token_choice(tmp_path: Path) -
     ]
     router_report.write(records, tmp_path)
     text = (tmp_path / f"{router_report.NAME}.md").read_text()
-    assert "| 7b | 1536 | nearest | +50.0% |" in text
+    assert "| 7b | 1536 | nearest | +50.0% |" in text and "another run" not in text
     assert "| 24 (10) |" in text and "| -20.0% |" in text
     assert (tmp_path / f"{router_report.NAME}.png").stat().st_size > 10_000
 
