@@ -11,8 +11,8 @@
 `speed` runs rows of a plan, the most wanted first: models (the 7B proxy is configs/moe_7b.toml with
 8 layers; the 1.4B models are whole), blocks, eager and compiled, with and without CUDA graphs,
 natural and forced-balanced routing; same data, loss, optimizer, metrics; no activation
-checkpointing, no auxiliary losses (stock has none). Filters choose among them. A row measured again
-replaces the record of the same. `losses` trains the backends hopper and torch from one seed, and
+checkpointing, no auxiliary losses (stock has none). Filters choose among them, and with --all among
+what the plan leaves out too. A row measured again replaces the record of the same. `losses` trains the backends hopper and torch from one seed, and
 torch again from weights that differ in their last bits: what rounding alone does to a loss curve.
 `profile` traces one step of each row and sums its GPU time by kind of kernel.
 """
@@ -21,19 +21,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
 from bench import facts, train_losses, train_report  # noqa: E402
 from bench.train_memory import measured_bytes  # noqa: E402
+from bench.train_plan import EVERYTHING, PLAN, Row, labels  # noqa: E402
 from bench.train_profile import profile_table, read_trace  # noqa: E402
 from bench.train_runs import (  # noqa: E402
     ACTIVE,
@@ -52,73 +53,21 @@ from bench.train_runs import (  # noqa: E402
     train,
 )
 
-OURS = ("sonic", "sonic rounding")
-BOTH = ("stock", *OURS)
-FULL_MODELS = ("1.4b_k2", "1.4b_k8")
 ROUTERS = ("topk", "token_rounding")
-BEST, NO_GRAPHS = "compiled+graphs", "compiled"
-EAGER = ("eager+graphs", "eager")
-
-
-class Row(NamedTuple):
-    """One combination to time."""
-
-    model: str
-    block: str
-    mode: str
-    balance: str
-
-
-def _rows(models, blocks, modes, balances) -> list[Row]:
-    return [Row(*row[::-1]) for row in product(balances, modes, blocks, models)]
-
-
-# Most wanted first; stock stands beside ours in every entry that compares them.
-PLAN = tuple(
-    dict.fromkeys(
-        [
-            *_rows(("7b_proxy",), BOTH, (BEST,), ("natural",)),
-            *_rows(("7b_proxy",), ("stock", "sonic"), (BEST,), ("forced",)),
-            *_rows(("7b_proxy",), ("stock",), (NO_GRAPHS,), ("natural", "forced")),
-            *_rows(FULL_MODELS, BOTH, (BEST,), ("natural",)),
-            *_rows(("7b_proxy",), ("stock", "sonic"), EAGER, ("natural",)),
-            *_rows(("7b_proxy",), OURS, (NO_GRAPHS,), ("natural", "forced")),
-            *_rows(("7b_proxy",), ("stock", "sonic"), EAGER, ("forced",)),
-            *_rows(("7b_proxy",), ("sonic rounding",), MODES, ("natural", "forced")),
-        ]
-    )
-)
-EVERYTHING = tuple(_rows(MODELS, BLOCKS, MODES, BALANCES))
+CHOICES = (MODELS, BLOCKS, MODES, BALANCES)  # of the filters, in the order of a row
 # Seconds of a row that no record tells about, for --plan and --deadline alone.
 GUESSED_S = {"eager": 60, "compiled": 90}
 
 
 def chosen(arguments: argparse.Namespace) -> list[Row]:
-    """The plan's rows that pass the filters; what the plan lacks comes behind, if asked for."""
+    """The plan's rows that pass the filters; with --all, what the plan lacks comes behind."""
     given = (arguments.models, arguments.blocks, arguments.modes, arguments.routing)
-    rows = PLAN if not any(given) else tuple(dict.fromkeys(PLAN + EVERYTHING))
-    passing = [
-        row
-        for row in rows
-        if all(
-            not accepted or value in accepted for value, accepted in zip(row, given, strict=True)
-        )
-    ]
+    accepted = [allowed or set(known) for allowed, known in zip(given, CHOICES, strict=True)]
+    rows = tuple(dict.fromkeys(PLAN + EVERYTHING)) if arguments.all else PLAN
+    passing = [row for row in rows if all(map(operator.contains, accepted, row))]
+    if not passing:
+        sys.exit("bench_train: no row of the plan passes these filters; --all knows every row")
     return passing
-
-
-def labels(row: Row) -> dict[str, object]:
-    """How a record names a row."""
-    options = BLOCKS[row.block]
-    return {
-        "model": row.model,
-        "impl": "stock" if row.block == "stock" else "sonicmoe",
-        "backend": options.get("model.backend", "stock"),
-        "router": options.get("model.router", "topk"),
-        "balance": row.balance,
-        "compile": bool(MODES[row.mode]["compile.enable"]),
-        "cuda_graphs": not MODES[row.mode]["training.disable_cuda_graphs"],
-    }
 
 
 def run_of(row: Row, arguments: argparse.Namespace, extra: dict[str, object]) -> Run:
@@ -284,6 +233,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS)
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument("--routing", nargs="+", choices=BALANCES)
+    parser.add_argument("--all", action="store_true", help="rows beside the plan's too")
     parser.add_argument("--layers", type=int, help="the model's own otherwise")
     parser.add_argument("--sequences", type=int, help="a step; the model's own otherwise")
     parser.add_argument("--steps", type=int, help="default: 40 for speed, 200 for losses")

@@ -38,8 +38,9 @@ def markdown(records: list[dict]) -> list[str]:
         "process of its own, the gate in bf16; loops are sustained, rounds alternate; medians. "
         "Kernels, router share and launches: the profiler's, per step; the router is everything "
         "but the experts' eight kernels, the gate's own GEMMs included. Padding waste: rows of "
-        "whole 128-row tiles over the tokens' rows, less 1. The official package has no router for token rounding; there it "
-        "is the paper's Algorithm 4 in torch operations, as its own benchmark computes it.",
+        "whole 128-row tiles over the tokens' rows, less 1. The official package has no router for "
+        "token rounding; there it is the paper's Algorithm 4 in torch operations, as its own "
+        "benchmark computes it.",
         "",
     ]
     rows = []

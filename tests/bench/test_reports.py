@@ -23,7 +23,9 @@ from bench import (
     moe_report,
     router_report,
     train_losses,
+    train_plan,
     train_report,
+    train_runs,
 )
 
 from tests.cases import BENCHMARK_CASES, BENCHMARK_GROUPS
@@ -333,7 +335,7 @@ def test_equal_routing_gives_every_expert_the_same_rows_of_distinct_tokens() -> 
 
 def _train_record(block: str, mode: str, speed: float, *, model: str = "7b_proxy") -> dict:
     return {
-        **bench_train.labels(bench_train.Row(model, block, mode, "natural")),
+        **train_plan.labels(train_plan.Row(model, block, mode, "natural")),
         "layers": 8,
         "tokens_per_s": speed,
         "tokens_per_day": speed * train_report.SECONDS_A_DAY,
@@ -376,15 +378,18 @@ def test_training_plan_puts_stock_beside_ours_first(capsys: pytest.CaptureFixtur
         ("7b_proxy", "compiled+graphs", "natural")
     }
     stock = {(r.mode, r.balance) for r in rows if (r.model, r.block) == ("7b_proxy", "stock")}
-    assert len(stock) == len(bench_train.MODES) * len(bench_train.BALANCES)
-    for model in bench_train.FULL_MODELS:
-        assert {r.block for r in rows if r.model == model} == set(bench_train.BOTH)
-    filtered = bench_train.chosen(bench_train.parse(["speed", "--blocks", "sonic torch"]))
+    assert len(stock) == len(train_runs.MODES) * len(train_runs.BALANCES)
+    for model in train_plan.FULL_MODELS:
+        assert {r.block for r in rows if r.model == model} == set(train_plan.BOTH)
+    torch = ["speed", "--blocks", "sonic torch"]
+    with pytest.raises(SystemExit, match="--all knows every row"):
+        bench_train.chosen(bench_train.parse(torch))
+    filtered = bench_train.chosen(bench_train.parse([*torch, "--all"]))
     assert {row.block for row in filtered} == {"sonic torch"}
 
 
 def test_expected_seconds_come_from_records_where_there_are_any() -> None:
-    row = bench_train.Row("7b_proxy", "stock", "compiled", "natural")
+    row = train_plan.Row("7b_proxy", "stock", "compiled", "natural")
     timed = _train_record("stock", "compiled", 1.0)
     other = _train_record("sonic", "compiled", 1.0) | {"wall_s": 99.0}
     assert bench_train.expected_s(row, [timed, other]) == 77.0
@@ -396,7 +401,7 @@ def test_training_summary_has_what_a_record_promises(monkeypatch: pytest.MonkeyP
     from bench.train_runs import ACTIVE, LOSS, MFU, PREDICTED, RESERVED, TOKENS_PER_S
 
     arguments = bench_train.parse(["speed"])
-    row = bench_train.Row("7b_proxy", "sonic rounding", "compiled+graphs", "forced")
+    row = train_plan.Row("7b_proxy", "sonic rounding", "compiled+graphs", "forced")
     run = bench_train.run_of(row, arguments, {})
     assert run.options["debug.moe_force_load_balance"] and run.options["compile.enable"]
     base = {RESERVED: 30.0, ACTIVE: 29.0, LOSS: 6.0, PREDICTED: 5.0}
@@ -410,7 +415,7 @@ def test_training_summary_has_what_a_record_promises(monkeypatch: pytest.MonkeyP
     assert wanted <= record.keys()
     assert (record["impl"], record["router"]) == ("sonicmoe", "token_rounding")
     assert record["activations_predicted_gib"] == 5.0
-    stock = bench_train.Row("7b_proxy", "stock", "eager", "natural")
+    stock = train_plan.Row("7b_proxy", "stock", "eager", "natural")
     assert "activations_predicted_gib" not in bench_train.summary(stock, run, windows)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bench_train
 import pytest
+from bench.train_plan import EVERYTHING
 from bench.train_runs import MODELS, command
 
 from sonicmoe_titan.check import check_run
@@ -15,7 +16,7 @@ from sonicmoe_titan.toml_config import load_config
 @pytest.mark.parametrize("model", MODELS)
 def test_recipes_accept_every_row_of_the_benchmark(model: str, tmp_path: Path) -> None:
     arguments = bench_train.parse(["speed"])
-    rows = [row for row in bench_train.EVERYTHING if row.model == model]
+    rows = [row for row in EVERYTHING if row.model == model]
     for row in rows:
         run = bench_train.run_of(row, arguments, {"metrics.log_freq": arguments.log_freq})
         _, _, _, _, config_file, *options = command(run, dump=tmp_path)
