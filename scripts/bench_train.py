@@ -12,8 +12,9 @@
 8 layers; the 1.4B models are whole), blocks, eager and compiled, with and without CUDA graphs,
 natural and forced-balanced routing; same data, loss, optimizer, metrics; no activation
 checkpointing, no auxiliary losses (stock has none). Filters choose among them, and with --all among
-what the plan leaves out too. A row measured again replaces the record of the same. `losses` trains the backends hopper and torch from one seed, and
-torch again from weights that differ in their last bits: what rounding alone does to a loss curve.
+what the plan leaves out too. A row measured again replaces the record of the same. `losses` trains
+the backends hopper and torch from one seed, and torch again from weights that differ in their last
+bits: what rounding alone does to a loss curve.
 `profile` traces one step of each row and sums its GPU time by kind of kernel.
 """
 

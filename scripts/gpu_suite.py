@@ -16,6 +16,7 @@ and the exit code is 1 unless every part passed. A name before a dash stands for
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -29,8 +30,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
+from bench.process import python_environment  # noqa: E402
 from bench.suite_parts import Part, parts  # noqa: E402
 
+GRACE_S = 5  # for a part that is out of time to end by itself
 TAIL_LINES = 15  # of the log of a part that failed
 
 
@@ -45,15 +48,14 @@ class Outcome(NamedTuple):
 def run_part(name: str, part: Part, folder: Path, *, limit_s: float) -> Outcome:
     """The part's commands, in a process group each, their output in `folder`/name.log."""
     began = time.monotonic()
-    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    environment = python_environment() | dict(part.environment)
     outcome = "passed"
     with (folder / f"{name}.log").open("w") as log:
         for command in part.commands:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
             left = limit_s - (time.monotonic() - began)
-            code = _run(command, log, environment | dict(part.environment), limit_s=left)
+            code = _run(command, log, environment, limit_s=left)
             if code != 0:
                 outcome = "timed out" if code is None else f"failed ({code})"
                 break
@@ -74,11 +76,14 @@ def _run(
     try:
         return process.wait(timeout=max(limit_s, 0))
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # a benchmark ends its own workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE_S)
         return None
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def run_all(

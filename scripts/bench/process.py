@@ -7,6 +7,7 @@ measurements.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -24,16 +25,27 @@ ROOT = Path(__file__).resolve().parents[2]
 START_S = 120.0  # to import torch and a package, beyond the limit of the first answer
 
 
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def python_environment(pythonpath: str | None = None) -> dict[str, str]:
+    """This process's environment, with the repository's packages first on PYTHONPATH.
+
+    A `pythonpath` replaces the inherited one.
+    """
+    inherited = os.environ.get("PYTHONPATH") if pythonpath is None else pythonpath
+    paths = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "kernels"), inherited]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
 class WorkerProcess:
     """One implementation; started at once, and again at the next request after it died.
 
-    A `pythonpath` replaces the inherited one, so that no package of another implementation is seen.
+    With its own `pythonpath` it sees no package of another implementation.
     """
 
     def __init__(self, module: str, name: str, *, log: Path, pythonpath: str | None = None) -> None:
-        inherited = os.environ.get("PYTHONPATH") if pythonpath is None else pythonpath
-        paths = [str(ROOT / "scripts"), str(ROOT), str(ROOT / "kernels"), inherited]
-        self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+        self.environment = python_environment(pythonpath)
         self.command = [sys.executable, "-m", module, name]
         self.log = log
         log.write_text("")
@@ -125,6 +137,8 @@ def alternate(turns: Sequence[Turn], *, rounds: int, limit_s: float) -> dict[str
 
 def serve(measure: Callable[[dict], dict]) -> None:
     """A worker's main loop: answers what stdin asks, an exception as {"error": ...}."""
+    if sys.platform == "linux":  # a driver that is killed takes its workers along
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not reach the protocol
     for line in sys.stdin:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from bench import facts
-from bench.process import ROOT
+from bench.process import ROOT, python_environment
 from bench.train_runs import MODELS, SEQ_LEN, sizes
 
 
@@ -24,7 +24,12 @@ def measured_bytes(
     table.unlink(missing_ok=True)
     with (here / "log").open("w") as log:
         done = subprocess.run(
-            [*words, "--out", str(here)], stdout=log, stderr=log, cwd=ROOT, check=False
+            [*words, "--out", str(here)],
+            stdout=log,
+            stderr=log,
+            cwd=ROOT,
+            env=python_environment(),
+            check=False,
         )
     if not table.exists():
         ended = f"ended with {done.returncode}, see {log.name}"

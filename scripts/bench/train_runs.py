@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.process import ROOT
+from bench.process import ROOT, python_environment
 
 TOKENS_PER_S = "throughput/tokens_per_second_per_gpu"
 LOSS = "loss_metrics/global_avg_loss"
@@ -117,7 +116,7 @@ def train(run: Run, folder: Path, timeout_s: float) -> list[dict]:
     dump = folder / run.name
     (dump / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of the name
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    environment = os.environ | ranks | {"MASTER_PORT": str(_free_port())}
+    environment = python_environment() | ranks | {"MASTER_PORT": str(_free_port())}
     started = time.monotonic()
     with (folder / f"{run.name}.log").open("w") as log:
         try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from bench.process import Turn, WorkerProcess, alternate
+from bench.process import Turn, WorkerProcess, alternate, python_environment
 
 SOURCE = """
 import os, subprocess, sys, time
@@ -70,12 +72,15 @@ def test_a_process_that_hangs_is_ended_with_what_it_started(start: Start, tmp_pa
     worker.ask({"do": "work"}, limit_s=10)
     answer = worker.ask({"do": "hang", "pid_file": str(pid_file)}, limit_s=2)
     assert "no answer in 2 s" in answer["error"]
-    child = int(pid_file.read_text())
-    deadline = time.monotonic() + 10
-    while _alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(child)
+    assert _ends(int(pid_file.read_text()))
     assert worker.ask({"do": "work"}, limit_s=10)["name"] == "a"
+
+
+def _ends(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not _alive(pid)
 
 
 def _alive(pid: int) -> bool:
@@ -84,6 +89,28 @@ def _alive(pid: int) -> bool:
     except FileNotFoundError:
         return False
     return state != "Z"
+
+
+def test_a_worker_dies_with_its_driver(start: Start, tmp_path: Path) -> None:
+    start("a")  # writes the worker's source
+    source = """
+import os, sys
+from pathlib import Path
+from bench.process import WorkerProcess
+worker = WorkerProcess("toy_worker", "b", log=Path("b.log"), pythonpath=".")
+worker.ask({"do": "work"}, limit_s=10)
+print(worker.process.pid, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        cwd=tmp_path,
+        env=python_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert _ends(int(done.stdout))
 
 
 def test_rounds_alternate_and_a_failing_one_gets_no_further_round(

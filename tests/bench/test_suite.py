@@ -48,6 +48,20 @@ def test_a_hanging_part_is_ended_at_its_limit(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
 
 
+def test_a_part_out_of_time_may_end_its_own_processes_first(tmp_path: Path) -> None:
+    source = f"""
+import pathlib, signal, sys, time
+def end(*_):
+    pathlib.Path({str(tmp_path / "ended")!r}).touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+time.sleep(60)
+"""
+    (outcome,) = gpu_suite.run_all({"polite": _python(source, limit_s=2)}, tmp_path)
+    assert outcome.outcome == "timed out"
+    assert (tmp_path / "ended").exists()
+
+
 def test_later_commands_of_a_part_do_not_run_after_a_failure(tmp_path: Path) -> None:
     fail, write = "raise SystemExit(1)", f"open({str(tmp_path / 'ran')!r}, 'w')"
     part = Part("two", tuple([sys.executable, "-c", code] for code in (fail, write)), 1, 20)
