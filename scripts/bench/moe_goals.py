@@ -1,4 +1,4 @@
-"""Sections of the layer's report that answer a question: losses, rates, skew, few tokens, claims.
+"""Sections of the layer's report that answer a question: margins, losses, rates, skew, few tokens.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -6,7 +6,6 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 from __future__ import annotations
 
 import statistics
-from typing import NamedTuple
 
 from bench.moe_report import (
     IMPLEMENTATIONS,
@@ -15,7 +14,6 @@ from bench.moe_report import (
     footnote,
     mark,
     table,
-    tflops,
 )
 
 LARGEST_LOSSES = 12
@@ -34,11 +32,11 @@ def sections(records: list[dict]) -> list[str]:
         *rates(ours),
         *skew(shapes),
         *few_tokens(records),
-        *paper_speedups(shapes),
     ]
 
 
-def _section(title: str, text: str, header: list[str], rows: list[list[str]]) -> list[str]:
+def section(title: str, text: str, header: list[str], rows: list[list[str]]) -> list[str]:
+    """A heading, what the table shows, the table; nothing without rows."""
     return ["", f"## {title}", "", text, "", *table(header, rows)] if rows else []
 
 
@@ -60,7 +58,7 @@ def margins(shapes: Shapes) -> list[str]:
                 rows.append(cells)
     text = "How much longer the peer takes: mean over the shapes that both were measured on, least."
     header = ["peer", "rows per expert", "shapes", "loop: mean (least)", "kernels: mean (least)"]
-    return _section("Ahead by", text, header, rows) + footnote(rows)
+    return section("Ahead by", text, header, rows) + footnote(rows)
 
 
 def losses(ours: list[dict]) -> list[str]:
@@ -77,7 +75,7 @@ def losses(ours: list[dict]) -> list[str]:
         if lost > 0
     ]
     text = "Milliseconds over the floor, largest first."
-    return _section("Losses", text, ["shape", "kernel", "ms", "floor ms", "over ms"], rows)
+    return section("Losses", text, ["shape", "kernel", "ms", "floor ms", "over ms"], rows)
 
 
 def rates(ours: list[dict]) -> list[str]:
@@ -104,7 +102,7 @@ def rates(ours: list[dict]) -> list[str]:
     )
     header = ["shape", "kernels ms", "floor at 660, 3.0 (kernels over it)"]
     header += ["own TFLOP/s, TB/s", "floor at own rates (kernels over it)", "SM MHz", "W"]
-    return _section("Floors at the run's own rates", text, header, rows)
+    return section("Floors at the run's own rates", text, header, rows)
 
 
 def skew(shapes: Shapes) -> list[str]:
@@ -121,7 +119,7 @@ def skew(shapes: Shapes) -> list[str]:
                 rows.append(cells)
     text = "The same sizes and rows, balanced to skewed; the goal is at most 10% more time."
     header = ["shape", "load", "implementation", "loop ms", "change", "kernels ms", "change"]
-    return _section("Skewed loads", text, header, rows)
+    return section("Skewed loads", text, header, rows)
 
 
 def few_tokens(records: list[dict]) -> list[str]:
@@ -144,55 +142,4 @@ def few_tokens(records: list[dict]) -> list[str]:
     )
     header = ["shape", "implementation", "host us", "loop ms", "kernels ms", "replay ms"]
     header += ["host us of a replay"]
-    return _section("Few tokens", text, header, rows)
-
-
-class Claim(NamedTuple):
-    """A speedup that the paper states for its 7B shape, and what we know of the peer's time.
-
-    peer_ms: measured by us, None where only the paper's figure gives a rate (peer_tflops).
-    """
-
-    what: str
-    passes: int  # 1 forward, 2 backward
-    paper: str
-    peer_ms: float | None
-    peer_tflops: float
-
-
-# arXiv 2512.14080 v2, section 6; rates: Figure 14 of v1, read off its bars, +-3 TFLOP/s. The peers'
-# milliseconds: one H100 80GB HBM3, driver 580, torch 2.11.0+cu130, 2026-11-22, median of Triton's
-# do_bench, single runs; ScatterMoE's backward is the difference of both and forward.
-CLAIMS = (
-    Claim("forward, DeepGEMM", 1, "+43%", None, 259),
-    Claim("backward, ScatterMoE", 2, "+83%", 4.959, 212),
-    Claim("backward, MoMoE", 2, "+115%", 4.943, 184),
-    Claim("forward, ScatterMoE", 1, "", 2.742, 206),
-    Claim("forward, MoMoE", 1, "", 1.808, 193),
-)
-PAPER_SHAPE = "7b"
-
-
-def paper_speedups(shapes: Shapes) -> list[str]:
-    """The paper's 7B speedups beside ours."""
-    ours = shapes.get(PAPER_SHAPE, {}).get("sonicmoe")
-    if ours is None:
-        return []
-    rows = []
-    for claim in CLAIMS:
-        ms = ours["fwd_ms"] if claim.passes == 1 else ours["bwd_ms"]
-        rate = tflops(ours, ms, passes=claim.passes)
-        measured = "not measured" if claim.peer_ms is None else f"{claim.peer_ms:.3f} ms"
-        gain = "" if claim.peer_ms is None else f"{claim.peer_ms / ms - 1:+.0%}"
-        cells = [claim.what, claim.paper, f"{ms:.3f} ms, {rate:.0f} TFLOP/s", measured, gain]
-        rows.append([*cells, f"{claim.peer_tflops:.0f}", f"{rate / claim.peer_tflops - 1:+.0%}"])
-    text = (
-        "Ours is of the sustained loop above. The peers' times are of another H100 80GB HBM3 "
-        "(driver 580, torch 2.11.0+cu130, 2026-11-22: medians of Triton's do_bench, single runs, "
-        "experts with the routing given; ScatterMoE's backward is forward and backward less "
-        "forward). DeepGEMM with its gather and activation was not measured there: the paper's "
-        "figure alone gives its rate, read off the bars to about 3 TFLOP/s, on the paper's H100."
-    )
-    header = ["pass and peer", "paper", "ours", "peer, measured elsewhere", "ours ahead"]
-    header += ["peer TFLOP/s in the paper's figure", "ours ahead of that"]
-    return _section("The paper's 7B speedups", text, header, rows)
+    return section("Few tokens", text, header, rows)

@@ -50,10 +50,11 @@ def line(record: dict) -> str:
 
 def write(records: list[dict], folder: Path) -> None:
     """CSV, Markdown and figures beside the JSON."""
-    from bench import moe_figures, moe_goals
+    from bench import moe_cited, moe_figures, moe_goals
 
     _write_csv(records, folder / f"{NAME}.csv")
-    lines = _markdown(records) + moe_goals.sections(records) + _versions(records)
+    lines = _markdown(records) + moe_goals.sections(records) + moe_cited.sections(records)
+    lines += _versions(records)
     (folder / f"{NAME}.md").write_text("\n".join(lines) + "\n")
     if can_draw():
         moe_figures.write(records, folder / NAME)

@@ -19,6 +19,7 @@ import pytest
 from bench import (
     granularity_report,
     kernels,
+    moe_cited,
     moe_goals,
     moe_report,
     router_report,
@@ -137,10 +138,22 @@ def test_losses_are_sorted_by_milliseconds_over_the_floor() -> None:
 
 def test_paper_speedups_stand_beside_what_the_peers_measured() -> None:
     ours = _moe_record("7b", "sonicmoe", fwd_ms=0.904, bwd_ms=2.0)
-    text = "\n".join(moe_goals.paper_speedups({"7b": {"sonicmoe": ours}}))
+    text = "\n".join(moe_cited.paper_speedups({"7b": {"sonicmoe": ours}}))
     assert "| forward, MoMoE |  | 0.904 ms, 513 TFLOP/s | 1.808 ms | +100% |" in text
     assert "| backward, ScatterMoE | +83% |" in text and "| +148% |" in text
     assert "not measured" in text  # DeepGEMM: the paper's figure alone
+
+
+def test_cited_numbers_stand_beside_ours() -> None:
+    ours = _moe_record("1.4b", "sonicmoe", fwd_bwd_ms=2.0, kernel_ms=1.0)
+    text = "\n".join(moe_cited.official_elsewhere({"1.4b": {"sonicmoe": ours}}))
+    assert "| 1.4b | 2.931 | +46.6% | 2.805 | +180.5% | 1.045, 2.328 |" in text
+    case = BENCHMARK_CASES["qwen3_30b"]
+    flops = 6 * case.T * case.K * case.D * case.F
+    fast = _moe_record("qwen3_30b", "sonicmoe", fwd_ms=flops / 501e9, fwd_bwd_ms=flops / 200e9)
+    text = "\n".join(moe_cited.liger_claim({"qwen3_30b": {"sonicmoe": fast}}))
+    assert "| forward | 501 | 501 | +0.0% |" in text
+    assert "| forward + backward | 600 | 413 | +45.3% |" in text
 
 
 def test_records_are_replaced_shape_and_implementation_alone() -> None:
