@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ TAIL_LINES = 15  # of the log of a part that failed
 
 
 class Outcome(NamedTuple):
-    """How a part ended: "passed", "failed (code)", "timed out" or "left out (why)"."""
+    """How a part ended: "passed (proof)", "failed (why)", "timed out" or "left out (why)"."""
 
     part: str
     outcome: str
@@ -59,6 +60,9 @@ def run_part(name: str, part: Part, folder: Path, *, limit_s: float) -> Outcome:
             if code != 0:
                 outcome = "timed out" if code is None else f"failed ({code})"
                 break
+    if outcome == "passed" and part.proof:
+        found = re.findall(part.proof, (folder / f"{name}.log").read_text(errors="replace"))
+        outcome = f"passed ({found[-1]})" if found else f"failed (no {part.proof!r} in its log)"
     return Outcome(name, outcome, time.monotonic() - began)
 
 
@@ -161,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     packages = [entry.partition("=")[0] for entry in given.pythonpath]
     outcomes = run_all(chosen, given.log, deadline_s=given.deadline, packages=packages)
     print("\n".join(f"{o.part:20s} {o.seconds:6.0f} s  {o.outcome}" for o in outcomes))
-    return 0 if all(o.outcome == "passed" for o in outcomes) else 1
+    return 0 if all(o.outcome.startswith("passed") for o in outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
             torch.autograd.grad(out_TD, wanted, inputs.dout_TD)
             if device == "cuda":
                 torch.cuda.synchronize()
-            print(f"ok {case.name} {name}", flush=True)
+            print(f"ok {backend} {case.name} {name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ class Part(NamedTuple):
     """Commands that run one after the other until one fails.
 
     limit_s: of all of them together. expected_s: a guess, for --list and --deadline. needs: whose
-    packages --pythonpath must name.
+    packages --pythonpath must name. proof: a pattern that the log of a passing part contains (where
+    there is no GPU, tests skip and pytest is content).
     """
 
     about: str
@@ -30,6 +31,7 @@ class Part(NamedTuple):
     limit_s: int
     environment: tuple[tuple[str, str], ...] = ()
     needs: str = ""
+    proof: str = ""
 
 
 def script(name: str, *words: str) -> list[str]:
@@ -39,7 +41,7 @@ def script(name: str, *words: str) -> list[str]:
 
 def pytest(*words: str, processes: int = 1) -> list[str]:
     """A pytest command; several processes where pytest-xdist is installed."""
-    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", *words]
+    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *words]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(processes if processes > 1 else 0)]
     return command
@@ -132,53 +134,53 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
 def _tests() -> dict[str, Part]:
     """tests/gpu, every file in one part or, split by test, in two."""
 
-    def run(files: str, *words: str, processes: int = 1) -> tuple[list[str], ...]:
+    def run(about: str, files: str, *words: str, processes: int = 1, seconds: int) -> Part:
         names = [f"tests/gpu/test_{name}.py" for name in files.split()]
-        return (pytest(*names, *words, processes=processes),)
+        command = pytest(*names, *words, processes=processes)
+        return Part(about, (command,), seconds, 3 * seconds, proof=r"\d+ passed.*")
 
     small = ("-k", f"not ({HUGE_TESTS})")
     return {
-        "tests-experts": Part(
+        "tests-experts": run(
             "moe_experts: oracle, mutations, garbage, streams, repeats, graphs, inductor",
-            run("moe_experts moe_hopper", processes=4),
-            expected_s=120,
-            limit_s=400,
+            "moe_experts moe_hopper",
+            processes=4,
+            seconds=130,
         ),
-        "tests-rows": Part(
+        "tests-rows": run(
             "the ragged-M kernels: every routing, width, tile, activation",
-            run("row_kernels", *small, processes=6),
-            expected_s=120,
-            limit_s=400,
+            "row_kernels",
+            *small,
+            processes=6,
+            seconds=130,
         ),
-        "tests-columns": Part(
+        "tests-columns": run(
             "weight gradients and aggregation",
-            run("weight_grad aggregate", *small, processes=6),
-            expected_s=90,
-            limit_s=300,
+            "weight_grad aggregate",
+            *small,
+            processes=6,
+            seconds=90,
         ),
-        "tests-huge": Part(
+        "tests-huge": run(
             "tensors beyond 2^31 elements, one at a time",
-            run("row_kernels weight_grad aggregate", "-k", HUGE_TESTS),
-            expected_s=120,
-            limit_s=400,
+            "row_kernels weight_grad aggregate",
+            "-k",
+            HUGE_TESTS,
+            seconds=120,
         ),
-        "tests-routing": Part(
+        "tests-routing": run(
             "top-k, plans, token rounding",
-            run("topk_gpu plan_gpu routing_gpu", processes=6),
-            expected_s=150,
-            limit_s=400,
+            "topk_gpu plan_gpu routing_gpu",
+            processes=6,
+            seconds=150,
         ),
-        "tests-block": Part(
+        "tests-block": run(
             "the block: memory, router under a graph, fp32 logits",
-            run("memory_gpu router_graph float32_product"),
-            expected_s=60,
-            limit_s=200,
+            "memory_gpu router_graph float32_product",
+            seconds=60,
         ),
-        "tests-training": Part(
-            "whole runs of the debug model, all at once",
-            run("training"),
-            expected_s=180,
-            limit_s=450,
+        "tests-training": run(
+            "whole runs of the debug model, all at once", "training", seconds=180
         ),
     }
 
@@ -190,12 +192,15 @@ def _sanitizer() -> dict[str, Part]:
         fail = ("--error-exitcode", "1", *options)
         return (["compute-sanitizer", "--tool", tool, *fail, *script("launch_layers.py")],)
 
+    clean = "ERROR SUMMARY: 0 errors"
+
     return {
         "sanitizer-memcheck": Part(
             "compute-sanitizer memcheck over whole small layers",
             under("memcheck", "--report-api-errors", "no"),  # torch asks what it knows may fail
             expected_s=150,
             limit_s=500,
+            proof=clean,
             environment=(
                 ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),
             ),  # an allocation for every tensor
@@ -205,6 +210,7 @@ def _sanitizer() -> dict[str, Part]:
             under("synccheck"),
             expected_s=100,
             limit_s=500,
+            proof=clean,
         ),
     }
 

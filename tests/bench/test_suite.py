@@ -81,6 +81,17 @@ def test_what_does_not_fit_or_lacks_a_package_is_left_out(tmp_path: Path) -> Non
     assert with_package.outcome == "passed"
 
 
+def test_a_part_that_proves_nothing_fails(tmp_path: Path) -> None:
+    proof = r"\d+ passed.*"
+    chosen = {
+        "skipped": _python("print('3 skipped in 1 s')", proof=proof),
+        "ran": _python("print('2 passed, 1 skipped in 1 s')", proof=proof),
+    }
+    skipped, ran = gpu_suite.run_all(chosen, tmp_path)
+    assert skipped.outcome.startswith("failed")
+    assert ran.outcome == "passed (2 passed, 1 skipped in 1 s)"
+
+
 def test_a_parts_environment_reaches_its_commands(tmp_path: Path) -> None:
     part = _python("import os; print(os.environ['COLOUR'])", environment=(("COLOUR", "blue"),))
     gpu_suite.run_all({"part": part}, tmp_path)
