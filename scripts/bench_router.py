@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Time a whole MoE layer, router included: token choice beside token rounding, on one GPU.
 
-    python scripts/bench_router.py --out docs/benchmarks
-    python scripts/bench_router.py --shapes 7b --routers topk nearest
+    python scripts/bench_router.py --shapes sparsest --routers topk nearest balance --append
+    python scripts/bench_router.py --impls sonicmoe official --pythonpath official=/opt/official
+    python scripts/bench_router.py --build             our kernels for it, no GPU
+    python scripts/bench_router.py --report            table and figure again, no GPU
 
 Measured is what the paper's figures leave out: gate, top-k, routing plan (with rounding), experts
-and combination, forward and backward. Rounds alternate between the routers; the report counts
-launches and says what share of the GPU time is not the experts' eight kernels. Padding waste is the
-rows of whole 128-row tiles over the rows that belong to tokens.
+and combination, forward and backward. Every implementation runs in a process of its own; rounds
+alternate between implementations and routers. The report counts launches and says what share of
+the GPU time is not the experts' eight kernels. Padding waste is the rows of whole 128-row tiles
+over the rows that belong to tokens. --append, --deadline, --limit and what packages keep on disk:
+see bench_moe.py.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -15,31 +19,24 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import re
+import signal
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-import torch  # noqa: E402
-from sonicmoe_kernels.moe import moe_experts  # noqa: E402
-from sonicmoe_kernels.routing import (  # noqa: E402
-    ROUNDINGS,
-    RoutingPlan,
-    route_topk,
-    token_rounding_plan,
-)
-from torch import Tensor  # noqa: E402
+from bench import facts, router_report  # noqa: E402
+from bench.process import Turn, WorkerProcess, alternate  # noqa: E402
+from sonicmoe_kernels import kernel_lists  # noqa: E402
+from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
+from sonicmoe_kernels.tiles import TopKOptions  # noqa: E402
+from sonicmoe_kernels.warmup import warm_up  # noqa: E402
 
-NAME = "moe_router_h100"
-TILE = 128
 # The paper's shapes for token rounding (arXiv 2512.14080, Fig. 13), and its two model shapes.
 SHAPES = {
     "7b": (24576, 1536, 256, 128, 8),
@@ -48,192 +45,148 @@ SHAPES = {
     **{f"d4096_n512_E{E}": (16384, 4096, 512, E, 8) for E in (64, 128, 256, 512)},
     **{f"d4096_n1024_E{E}": (16384, 4096, 1024, E, 4) for E in (32, 64, 128, 256)},
 }
+# Most wanted first: the sparsest row of each of the paper's three families.
+GROUPS = {"sparsest": ("d1536_n256_E512", "d4096_n1024_E256", "d4096_n512_E512")}
+GROUPS["all"] = tuple(dict.fromkeys((*GROUPS["sparsest"], *SHAPES)))
 ROUTERS = ("topk", *ROUNDINGS)
-EXPERT_KERNELS = r"GroupedGemmK|upUp|downDown|d_hiddenDHidden|d_inputDInput|aggregateAggregate"
-PROFILED_STEPS = 5
+OFFICIAL_ROUTERS = ("topk", "nearest", "up", "down")  # what its benchmark can do
 
 
-class Layer:
-    """Gate and experts of one layer in bf16; one call is a forward and a backward pass."""
+def shapes_named(names: list[str]) -> list[str]:
+    """Names of shapes from names of shapes and groups, each once."""
+    return list(dict.fromkeys(shape for name in names for shape in GROUPS.get(name, (name,))))
 
-    def __init__(self, T: int, D: int, F: int, E: int, K: int) -> None:
-        generator = torch.Generator("cuda").manual_seed(0)
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            drawn = torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
-            return drawn.mul_(scale).requires_grad_()
+def specs_of(shape: str, routers: Sequence[str]) -> list:
+    """Every kernel of ours that a shape's layer launches; its logits are bf16."""
+    _, D, F, E, K = SHAPES[shape]
+    options = TopKOptions(E, K, "bfloat16", "softmax", "before", renormalize=True, has_bias=False)
+    plans = [None if router == "topk" else router for router in routers]
+    return [
+        *kernel_lists.specs(d=D, f=F, num_experts=E, top_k=K),
+        *kernel_lists.topk_kernels(options),
+        *(s for r in plans for s in kernel_lists.plan_specs(num_experts=E, top_k=K, rounding=r)),
+    ]
 
-        self.K = K
-        self.x_TD = normal(T, D)
-        self.gate_ED = normal(E, D, scale=D**-0.5)
-        self.weights = (
-            normal(E, F, D, scale=D**-0.5),
-            normal(E, F, D, scale=D**-0.5),
-            normal(E, D, F, scale=F**-0.5),
+
+def turns(shape: str, workers: dict[str, WorkerProcess], arguments: argparse.Namespace) -> list:
+    """One round of a shape: every router of every implementation."""
+    return [
+        Turn(
+            f"{shape} {impl} {router}",
+            worker,
+            {"sizes": SHAPES[shape], "router": router, "seconds": arguments.seconds},
         )
-        self.dout_TD = normal(T, D).detach()
-
-    def plan(self, router: str) -> RoutingPlan:
-        """The layer's routing; "topk" or a variant of token rounding."""
-        logits_TE = torch.nn.functional.linear(self.x_TD, self.gate_ED).float()
-        ids_TK, scores_TK, scores_TE = route_topk(
-            logits_TE, top_k=self.K, renormalize=True, all_scores=router != "topk"
-        )
-        if router == "topk":
-            return RoutingPlan.from_topk(ids_TK, scores_TK, num_experts=len(self.gate_ED))
-        return token_rounding_plan(ids_TK, scores_TK, scores_TE, rounding=router, tile=TILE)
-
-    def step(self, router: str) -> None:
-        out_TD = moe_experts(self.x_TD, *self.weights, self.plan(router))
-        torch.autograd.grad(out_TD, [self.x_TD, self.gate_ED, *self.weights], self.dout_TD)
+        for router in arguments.routers
+        for impl, worker in workers.items()
+        if impl != "official" or router in OFFICIAL_ROUTERS
+    ]
 
 
-def loop_ms(layer: Layer, router: str, seconds: float) -> list[float]:
-    """Milliseconds of each step of a sustained loop."""
-    events, begin = [], time.monotonic()
-    while time.monotonic() - begin < seconds or len(events) < 5:
-        pair = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
-        pair[0].record()
-        layer.step(router)
-        pair[1].record()
-        events.append(pair)
-        if len(events) % 16 == 0:
-            events[-8][1].synchronize()
-    torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in events]
-
-
-def kernel_times(layer: Layer, router: str) -> dict[str, tuple[float, float]]:
-    """(launches, milliseconds) per step of every GPU kernel, copy and fill."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(PROFILED_STEPS):
-            layer.step(router)
-        torch.cuda.synchronize()
+def summarise(label: str, answers: list[dict]) -> dict:
+    """One record: medians over the rounds, and the last round's details."""
+    shape, impl, router = label.split()
+    sizes, details = SHAPES[shape], answers[-1]
+    kernels = details["kernels"]
+    total = sum(ms for _, ms in kernels.values())
+    launches = round(sum(count for count, _ in kernels.values()))
+    timings = {"fwd_ms": "fwd_ms", "bwd_ms": "bwd_ms", "step_ms": "fwd_bwd_ms"}
+    timings |= {"step_q1_ms": "fwd_bwd_q1_ms", "step_q3_ms": "fwd_bwd_q3_ms", "host_us": "host_us"}
     return {
-        event.key: (
-            event.count / PROFILED_STEPS,
-            event.self_device_time_total / 1e3 / PROFILED_STEPS,
-        )
-        for event in profile.key_averages()
-        if event.self_device_time_total > 0
+        "shape": shape,
+        **dict(zip("TDFEK", sizes, strict=True)),
+        "impl": impl,
+        "router": router,
+        "rows_per_expert": sizes[0] * sizes[4] // sizes[3],
+        **{key: statistics.median(a[name] for a in answers) for key, name in timings.items()},
+        "kernels_ms": total,
+        "experts_ms": details["experts_ms"],
+        "router_ms": total - details["experts_ms"],
+        "launches": launches,
+        "forward_launches": details["forward_launches"],
+        "rows": details["rows"],
+        "padding_waste": details["padding_waste"],
+        "per_kernel": {
+            name: {"launches": count, "ms": ms} for name, (count, ms) in kernels.items()
+        },
+        "versions": details["versions"],
+        "wall_s": sum(answer["wall_s"] for answer in answers),
     }
 
 
-def padding_waste(plan: RoutingPlan) -> float:
-    """Rows of whole tiles over the rows of tokens, less 1."""
-    rows_E = plan.expert_offsets.diff()
-    tiles_E = torch.div(rows_E + TILE - 1, TILE, rounding_mode="floor")
-    return (tiles_E.sum() * TILE / rows_E.sum()).item() - 1
-
-
-def measure(shape: str, routers: list[str], rounds: int, seconds: float) -> list[dict]:
-    """One record per router, from alternating rounds."""
-    T, D, F, E, K = SHAPES[shape]
-    layer = Layer(T, D, F, E, K)
-    for router in routers:
-        for _ in range(2):
-            layer.step(router)
-    torch.cuda.synchronize()
-    times: dict[str, list[float]] = {router: [] for router in routers}
-    for _ in range(rounds):
-        for router in routers:
-            times[router] += loop_ms(layer, router, seconds)
-    records = []
-    for router in routers:
-        kernels = kernel_times(layer, router)
-        experts = sum(
-            ms for name, (_, ms) in kernels.items() if re.search(EXPERT_KERNELS, _plain(name))
+def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> None:
+    """Shape by shape; `path` is rewritten after each."""
+    pythonpaths = dict(entry.split("=", 1) for entry in arguments.pythonpath)
+    began, common = time.monotonic(), facts.where_and_when()
+    workers = {
+        impl: WorkerProcess(
+            "bench.router_worker",
+            impl,
+            log=path.with_name(f"bench_router_{impl}.log"),
+            pythonpath=pythonpaths.get(impl),
         )
-        total = sum(ms for _, ms in kernels.values())
-        plan = layer.plan(router)
-        first, _, third = statistics.quantiles(times[router], n=4)
-        records.append(
-            {
-                "shape": shape,
-                **dict(zip("TDFEK", SHAPES[shape], strict=True)),
-                "router": router,
-                "rows_per_expert": T * K // E,
-                "step_ms": statistics.median(times[router]),
-                "step_q1_ms": first,
-                "step_q3_ms": third,
-                "kernels_ms": total,
-                "experts_ms": experts,
-                "router_ms": total - experts,
-                "launches": round(sum(count for count, _ in kernels.values())),
-                "rows": int(plan.expert_offsets[-1]),
-                "padding_waste": padding_waste(plan),
-                "per_kernel": {
-                    name: {"launches": count, "ms": ms} for name, (count, ms) in kernels.items()
-                },
-                "device": torch.cuda.get_device_name(),
-                "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-                "commit": commit(),
-                "date": datetime.date.today().isoformat(),
-            }
-        )
-    return records
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"\W", "", name)
-
-
-def commit() -> str:
-    """The checked-out commit, or $SONICMOE_COMMIT outside a repository."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or os.environ.get("SONICMOE_COMMIT", "unknown")
-
-
-def report(records: list[dict]) -> str:
-    """Markdown: one line a shape and router."""
-    first = records[0]
-    lines = [
-        "# A whole MoE layer with its router on an H100",
-        "",
-        f"{first['device']}, torch {first['versions']['torch']}, commit {first['commit']}, "
-        f"{first['date']}; `python scripts/bench_router.py`. bf16, gate + top-k + plan (+ rounding "
-        "to 128 rows) + experts, forward and backward. Step: median of a sustained loop, rounds "
-        "alternating. Kernels, router share and launches: the profiler's, per step; the router is "
-        "everything but the experts' eight kernels, the gate's own GEMMs included.",
-        "",
-        "| shape | T, D, F, E, K | rows per expert | router | step ms | against top-k "
-        "| kernels ms | router ms (share) | launches | padding waste |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        base = next(
-            (b for b in records if b["shape"] == r["shape"] and b["router"] == "topk"), None
-        )
-        ratio = f"{r['step_ms'] / base['step_ms'] - 1:+.1%}" if base else ""
-        sizes = ", ".join(str(r[key]) for key in "TDFEK")
-        lines.append(
-            f"| {r['shape']} | {sizes} | {r['rows_per_expert']} | {r['router']} | "
-            f"{r['step_ms']:.3f} | {ratio} | {r['kernels_ms']:.3f} | {r['router_ms']:.3f} "
-            f"({r['router_ms'] / r['kernels_ms']:.1%}) | {r['launches']} | "
-            f"{r['padding_waste']:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+        for impl in arguments.impls
+    }
+    try:
+        for shape in shapes_named(arguments.shapes):
+            seconds = time.monotonic() - began
+            if arguments.deadline and seconds > arguments.deadline:
+                print(f"{shape}: left out, {seconds:.0f} s are over", flush=True)
+                continue
+            asked = turns(shape, workers, arguments)
+            rounds = alternate(asked, rounds=arguments.rounds, limit_s=arguments.limit)
+            new = [summarise(label, answers) | common for label, answers in rounds.items()]
+            replaced = {router_report.key(record) for record in new}
+            records[:] = [r for r in records if router_report.key(r) not in replaced] + new
+            path.write_text(json.dumps(records, indent=1) + "\n")
+            for r in new:
+                print(
+                    f"{shape} {r['impl']} {r['router']}: {r['step_ms']:.3f} ms, router "
+                    f"{r['router_ms']:.3f}, {r['launches']} launches, {r['wall_s']:.0f} s",
+                    flush=True,
+                )
+    finally:
+        for worker in workers.values():
+            worker.kill()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=[*GROUPS, *SHAPES], default=["all"])
+    parser.add_argument(
+        "--impls", nargs="+", choices=("sonicmoe", "official"), default=["sonicmoe"]
+    )
     parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=["topk", "nearest"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.3, help="of one round's loop")
+    parser.add_argument("--limit", type=float, default=120, help="seconds of one answer")
+    parser.add_argument("--deadline", type=float, help="start no shape after so many seconds")
+    parser.add_argument("--pythonpath", nargs="*", default=[], metavar="IMPL=PATHS")
+    parser.add_argument("--append", action="store_true", help="to the records that --out holds")
+    parser.add_argument("--report", action="store_true", help="of the records, measuring nothing")
+    parser.add_argument("--build", action="store_true", help="compile our kernels and stop")
+    parser.add_argument("--jobs", type=int, help="of --build; one per core otherwise")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench_router: needs an NVIDIA GPU")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    records: list[dict] = []
-    for shape in arguments.shapes:
-        records += measure(shape, arguments.routers, arguments.rounds, arguments.seconds)
-        torch.cuda.empty_cache()
-        (arguments.out / f"{NAME}.json").write_text(json.dumps(records, indent=1) + "\n")
-        (arguments.out / f"{NAME}.md").write_text(report(records))
-        print(report(records).splitlines()[-len(arguments.routers) :], flush=True)
+    if arguments.build:
+        shapes = shapes_named(arguments.shapes)
+        wanted = [spec for shape in shapes for spec in specs_of(shape, arguments.routers)]
+        warm_up(wanted, jobs=arguments.jobs)
+        return
+    path = arguments.out / f"{router_report.NAME}.json"
+    keep = (arguments.append or arguments.report) and path.exists()
+    records = json.loads(path.read_text()) if keep else []
+    if not arguments.report:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("bench_router: needs an NVIDIA GPU")
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_router: stopped"))
+        measure(arguments, records, path)
+    if not records:
+        sys.exit(f"bench_router: no records in {path}; see the logs beside it")
+    router_report.write(records, arguments.out)
 
 
 if __name__ == "__main__":

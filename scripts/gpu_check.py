@@ -1,9 +1,12 @@
 """Checks and times the kernels one by one on a GPU, every risky step in a process of its own.
 
-    python scripts/gpu_check.py build  [--cases small,7b,...]   compile what the others need (no
-    GPU) python scripts/gpu_check.py check  [--cases ...]            against fp32 references python
-    scripts/gpu_check.py time   [--cases 7b,...]         medians and floors, in rounds python
-    scripts/gpu_check.py variants [--cases 7b,...]       configurations side by side
+    python scripts/gpu_check.py build    [--cases small,7b,...]  compile what the others need
+    python scripts/gpu_check.py check    [--cases ...]           against fp32 references
+    python scripts/gpu_check.py time     [--cases 7b,...]        medians and floors, in rounds
+    python scripts/gpu_check.py variants [--cases 7b,...]        configurations side by side
+
+Cases: names or groups of tests/cases.py's benchmarks, small, activations, extra. Only `build` needs
+no GPU.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, R routed rows.
 """
@@ -24,11 +27,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
+import roofline  # noqa: E402
 import torch  # noqa: E402
-from sonicmoe_kernels import warmup  # noqa: E402
+from sonicmoe_kernels import kernel_lists, warmup  # noqa: E402
 from sonicmoe_kernels.activations import get_activation  # noqa: E402
+from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
 from sonicmoe_kernels.tiles import (  # noqa: E402
     RowGemm,
     RowTile,
@@ -39,11 +44,16 @@ from sonicmoe_kernels.tiles import (  # noqa: E402
     why_illegal_weights,
 )
 
-from tests.cases import ACTIVATION_CASES, BENCHMARK_CASES, SMALL_CASES, Case  # noqa: E402
+from tests.cases import (  # noqa: E402
+    ACTIVATION_CASES,
+    BENCHMARK_CASES,
+    BENCHMARK_GROUPS,
+    SMALL_CASES,
+    Case,
+)
 
 TIMEOUT_S = 60
 CONCURRENT = 5  # subprocesses on one GPU
-TENSOR_FLOPS, MEMORY_BYTES = 660e12, 3.0e12  # sustained on an H100: what floors are computed from
 KERNELS = ("up", "down", "d_hidden", "d_input", "d_weight2", "d_weight13")
 EXTRA_CASES = (
     Case(3000, 192, 192, 5, 2, "zipf"),
@@ -79,26 +89,30 @@ def cases_named(names: str) -> list[tuple[str, Case]]:
     groups = {"small": SMALL_CASES, "activations": ACTIVATION_CASES, "extra": EXTRA_CASES}
     chosen = []
     for name in names.split(","):
-        cases = groups.get(name) or (BENCHMARK_CASES[name],)
+        cases = groups.get(name) or [
+            BENCHMARK_CASES[shape] for shape in BENCHMARK_GROUPS.get(name, (name,))
+        ]
         chosen += [(name, case) for case in cases]
     return chosen
 
 
 def specs_of(case: Case, dtype: str) -> list:
-    return warmup.specs(
-        d=case.D,
-        f=case.F,
-        num_experts=case.E,
-        top_k=case.K,
-        dtype=dtype,
-        activation=case.activation,
-    )
+    """Every kernel that a layer of the case's sizes launches, its router's too."""
+    experts = {"num_experts": case.E, "top_k": case.K}
+    return [
+        *kernel_lists.specs(d=case.D, f=case.F, **experts, dtype=dtype, activation=case.activation),
+        *kernel_lists.topk_specs(**experts),
+        *kernel_lists.plan_specs(**experts),
+    ]
 
 
 def run_build(arguments: argparse.Namespace) -> int:
     """Compiles the chosen cases' kernels."""
     chosen = [case for _, case in cases_named(arguments.cases)]
     specs = [spec for case in chosen for spec in specs_of(case, arguments.dtype)]
+    for rounding in ROUNDINGS:  # of launch_layers.py
+        case = SMALL_CASES[0]
+        specs += kernel_lists.plan_specs(num_experts=case.E, top_k=case.K, rounding=rounding)
     if arguments.variants:
         specs += [gemm for case in chosen for _, gemm in variants_of(case, arguments.dtype)]
     warmup.warm_up(specs, jobs=arguments.jobs)
@@ -212,27 +226,11 @@ def run_variants(arguments: argparse.Namespace) -> int:
                     times[kernel, tile].append(median_ms(call, arguments.repeats))
         for (kernel, tile), measured in times.items():
             shown = " ".join(f"{ms:.3f}" for ms in measured)
-            floor = floor_ms(kernel, case)
+            floor = roofline.kernels(case.T, case.D, case.F, case.E, case.K)[kernel].floor_ms
             print(f"{name} {kernel} {shown} (floor {floor:.3f}) {tile}", flush=True)
         del problem, calls
         torch.cuda.empty_cache()
     return 0
-
-
-def floor_ms(kernel: str, case: Case) -> float:
-    """Least time: useful FLOPs at 660 TFLOP/s or every tensor once at 3.0 TB/s."""
-    rows, unit = case.T * case.K, case.T * case.K * case.D * case.F * 2
-    x, y, a, weight = case.T * case.D, rows * case.D, rows * case.F, case.E * case.D * case.F
-    flops = (2 if kernel in ("up", "d_input", "d_weight13") else 1) * unit
-    elements = {
-        "up": x + 2 * weight + 3 * a,
-        "down": a + weight + y,
-        "d_hidden": x + weight + 5 * a,
-        "d_input": 2 * a + 2 * weight + y,
-        "d_weight2": x + a + weight,
-        "d_weight13": x + 2 * a + 2 * weight,
-    }[kernel]
-    return max(flops / TENSOR_FLOPS, 2 * elements / MEMORY_BYTES) * 1e3
 
 
 def run_time(arguments: argparse.Namespace) -> int:
@@ -247,7 +245,7 @@ def run_time(arguments: argparse.Namespace) -> int:
             for kernel, call in calls.items():
                 rounds[kernel].append(median_ms(call, arguments.repeats))
         for kernel, times in rounds.items():
-            floor = floor_ms(kernel, case)
+            floor = roofline.kernels(case.T, case.D, case.F, case.E, case.K)[kernel].floor_ms
             shown = " ".join(f"{ms:.3f}" for ms in times)
             print(f"{name:10s} {kernel:9s} {shown} ms, floor {floor:.3f}, "
                   f"{floor / min(times):.0%} at best", flush=True)  # fmt: skip

@@ -25,10 +25,14 @@ class Work:
     flops: float
     bytes: float
 
+    def at(self, tflops: float, terabytes_per_s: float) -> float:
+        """The least time either rate allows, in milliseconds."""
+        return max(self.flops / tflops, self.bytes / terabytes_per_s) * 1e-9
+
     @property
     def floor_ms(self) -> float:
-        """The least time either limit allows, in milliseconds."""
-        return max(self.flops / (TFLOPS * 1e12), self.bytes / (TERABYTES_PER_S * 1e12)) * 1e3
+        """The least time at the rates that an H100 sustains."""
+        return self.at(TFLOPS, TERABYTES_PER_S)
 
 
 def kernels(T: int, D: int, F: int, E: int, K: int) -> dict[str, Work]:

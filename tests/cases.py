@@ -179,6 +179,16 @@ BENCHMARK_CASES = {
     "120b_n1024": Case(32768, 4096, 1024, 128, 8),
     "120b_n2048": Case(32768, 4096, 2048, 64, 4),
     "sparse": Case(16384, 4096, 1024, 256, 8),
+    # The coarsest of its Figure 1, and the finest of its Table 9a.
+    "30b_n2048": Case(32768, 4096, 2048, 32, 2),
+    "1.4b_n64": Case(40960, 768, 64, 512, 32),
+    "1.4b_n128": Case(40960, 768, 128, 256, 16),
+    "7b_n64": Case(24576, 1536, 64, 512, 32),
+    "7b_n128": Case(24576, 1536, 128, 256, 16),
+    "30b_n64": Case(32768, 4096, 64, 1024, 64),
+    "30b_n128": Case(32768, 4096, 128, 512, 32),
+    "120b_n128": Case(32768, 4096, 128, 1024, 64),
+    "120b_n256": Case(32768, 4096, 256, 512, 32),
     # Models that people train.
     "olmoe": Case(32768, 2048, 1024, 64, 8),
     "qwen3_30b": Case(32768, 2048, 768, 128, 8),
@@ -192,3 +202,18 @@ BENCHMARK_CASES = {
     "30b_n1024_zipf": dataclasses.replace(_30B_N1024, routing="zipf"),
     "30b_n1024_dirichlet": dataclasses.replace(_30B_N1024, routing="dirichlet"),
 }
+# Names for several of them, most wanted first.
+BENCHMARK_GROUPS = {
+    "paper": (
+        *("7b", "1.4b", "30b_n1024", "30b_n256", "sparse", "7b_n512", "7b_n1024", "1.4b_n512"),
+        *("1.4b_n1024", "30b_n512", "120b_n512", "120b_n1024", "120b_n2048"),
+    ),
+    "models": ("qwen3_30b", "olmoe", "qwen3_next", "qwen3_235b"),
+    "skewed": ("7b_zipf", "7b_dirichlet", "30b_n1024_zipf", "30b_n1024_dirichlet"),
+    "small": ("7b_t1k", "7b_t4k"),
+    "fine": (
+        *("1.4b_n64", "1.4b_n128", "7b_n64", "7b_n128", "30b_n64", "30b_n128"),
+        *("120b_n128", "120b_n256"),
+    ),
+}
+BENCHMARK_GROUPS["all"] = tuple(BENCHMARK_CASES)

@@ -3,7 +3,8 @@
 Started by bench_moe.py, which sends one JSON request a line and reads one JSON answer a line:
 {"case": {"T": ..., "D": ..., "F": ..., "E": ..., "K": ...}, "seconds": 0.5, "details": true}.
 Every request is one round of timings; `details` adds what one round can tell: the profiler's
-kernels, memory, and probes of the results that every implementation must agree on.
+kernels, memory, a CUDA graph of few tokens, and probes of the results that every implementation
+must agree on.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 """
@@ -11,46 +12,29 @@ Legend: T tokens, D model width, F expert width, E experts, K experts per token.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.metadata
-import json
 import math
-import os
-import statistics
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from bench.facts import versions
+from bench.measure import (
+    Run,
+    host_us,
+    in_a_graph,
+    kernel_times,
+    peak_bytes,
+    timed_loop,
+    tune_briefly,
+    warm_up,
+)
+from bench.process import serve
 from tests.cases import Case, Inputs, make_inputs, make_plan
 from tests.saved_bytes import saved_bytes
 
-WARM_STEPS = 3  # of a round, before it is timed
-PROFILED_STEPS = 5
-HOST_STEPS = 20
-STEPS_AHEAD = 16  # that the host may be ahead of the GPU in a timed loop
-TUNING_MS = {"warmup": 5, "rep": 25}  # of one candidate of a Triton autotuner, as quack's own has
-PACKAGES = ("nvidia-cutlass-dsl", "triton", "sonic-moe", "quack-kernels", "liger-kernel")
-
-
-class Run(NamedTuple):
-    """An implementation ready to run: its forward and what it differentiates by."""
-
-    forward: Callable[[], Tensor]
-    weights: list[Tensor]
-    others: list[Tensor]
-    dout_TD: Tensor
-
-    def step(self) -> None:
-        """Forward and backward; gradients are returned by autograd and dropped."""
-        self.backward(self.forward())
-
-    def backward(self, out_TD: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(out_TD, [*self.weights, *self.others], self.dout_TD)
+GRAPH_TOKENS = 4096  # up to so many a step is short enough for its launches to show
 
 
 def _ours(case: Case, inputs: Inputs, backend: str) -> Run:
@@ -67,14 +51,6 @@ def _ours(case: Case, inputs: Inputs, backend: str) -> Run:
     return Run(forward, [w1, w3, w2], [x, score], inputs.dout_TD)
 
 
-def _tune_briefly() -> None:
-    """Let Triton's autotuners try all their candidates, each for 30 ms instead of 125."""
-    import triton
-
-    benchmark = functools.partial(triton.testing.do_bench, **TUNING_MS)
-    triton.runtime.driver.active.get_benchmarker = lambda: benchmark
-
-
 def _official(case: Case, inputs: Inputs) -> Run:
     """What its `moe_TC_softmax_topk_layer` runs once the routing's metadata is there."""
     from sonicmoe.enums import ActivationType
@@ -84,7 +60,7 @@ def _official(case: Case, inputs: Inputs) -> Run:
         _UpProjection,
     )
 
-    _tune_briefly()
+    tune_briefly()
     interleaved = torch.stack((inputs.w1_EFD, inputs.w3_EFD), dim=2).flatten(1, 2)
     score_TK = inputs.pairs.score_P.cuda().view(case.T, case.K)
     x, w13, w2, score = _leaves(inputs.x_TD, interleaved, inputs.w2_EDF, score_TK)
@@ -114,7 +90,7 @@ def _liger(case: Case, inputs: Inputs) -> Run:
     """Its forward sorts the routing itself (and waits for the host), every time."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
-    _tune_briefly()
+    tune_briefly()
     gate_up = torch.cat((inputs.w1_EFD, inputs.w3_EFD), dim=1)
     score_TK = inputs.pairs.score_P.cuda().view(case.T, case.K)
     x, w13, w2, score = _leaves(inputs.x_TD, gate_up, inputs.w2_EDF, score_TK)
@@ -164,64 +140,6 @@ def _probes(run: Run) -> dict[str, float]:
         }
 
 
-def _peak_bytes(run: Run) -> int:
-    """Bytes allocated at the worst moment of one step, beyond inputs and weights."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run.step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _timed_loop(run: Run, seconds: float) -> dict[str, float]:
-    """Medians over a sustained loop; the queue is kept full, events are read after it."""
-    events = []
-    begin = time.monotonic()
-    while time.monotonic() - begin < seconds or len(events) < 5:
-        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        start.record()
-        out = run.forward()
-        middle.record()
-        run.backward(out)
-        end.record()
-        events.append((start, middle, end))
-        if len(events) > STEPS_AHEAD:
-            events[-STEPS_AHEAD][2].synchronize()
-    torch.cuda.synchronize()
-    both_ms = [start.elapsed_time(end) for start, _, end in events]
-    first, _, third = statistics.quantiles(both_ms, n=4)
-    return {
-        "fwd_ms": statistics.median(start.elapsed_time(middle) for start, middle, _ in events),
-        "bwd_ms": statistics.median(middle.elapsed_time(end) for _, middle, end in events),
-        "fwd_bwd_ms": statistics.median(both_ms),
-        "fwd_bwd_q1_ms": first,
-        "fwd_bwd_q3_ms": third,
-    }
-
-
-def _kernel_times(run: Run) -> dict[str, float]:
-    """Milliseconds per step of every GPU kernel, by kernel name."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(PROFILED_STEPS):
-            run.step()
-        torch.cuda.synchronize()
-    totals = {e.key: e.self_device_time_total for e in profile.key_averages()}
-    return {name: us / 1e3 / PROFILED_STEPS for name, us in totals.items() if us > 0}
-
-
-def _host_us(run: Run) -> float:
-    """Median host time that one step takes to enqueue, the GPU being idle."""
-    spans = []
-    for _ in range(HOST_STEPS):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run.step()
-        spans.append((time.perf_counter() - begin) * 1e6)
-    return statistics.median(spans)
-
-
 class Worker:
     """Holds the last case, so that later rounds of it build nothing."""
 
@@ -240,51 +158,28 @@ class Worker:
         self.run = build(self.name, case, inputs)
         return self.run
 
-    def measure(self, case: Case, seconds: float, *, details: bool) -> dict[str, object]:
+    def measure(self, request: dict) -> dict[str, object]:
         """One round; memory that only steps need is free again when it returns."""
+        case = Case(**request["case"])
         run = self.prepare(case)
-        for _ in range(WARM_STEPS):  # the first one compiles or tunes what needs it
-            run.step()
-        answer: dict[str, object] = {**_timed_loop(run, seconds), "host_us": _host_us(run)}
-        if details:
-            kernels = _kernel_times(run)
+        warm_up(run)
+        answer: dict[str, object] = timed_loop(run, request["seconds"])
+        answer["host_us"] = host_us(run.step)
+        if request["details"]:
+            kernels = {name: ms for name, (_, ms) in kernel_times(run.step).items()}
             answer |= {
                 "kernels": kernels,
                 "kernel_ms": sum(kernels.values()),
                 "saved_bytes": saved_bytes(run.forward, run.weights),
-                "peak_bytes": _peak_bytes(run),
+                "peak_bytes": peak_bytes(run.step),
                 "probes": _probes(run),
-                "versions": _versions(),
+                "versions": versions(),
             }
+            if self.name == "sonicmoe" and case.T <= GRAPH_TOKENS:
+                answer |= in_a_graph(run)
         torch.cuda.empty_cache()
         return answer
 
 
-def _versions() -> dict[str, str]:
-    """Of torch, CUDA and the packages an implementation is made of, as far as installed here."""
-    found = {"torch": torch.__version__, "cuda": str(torch.version.cuda)}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def main() -> None:
-    worker = Worker(sys.argv[1])
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not reach the protocol
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            case = Case(**request["case"])
-            answer = worker.measure(case, request["seconds"], details=request["details"])
-        except Exception as error:  # the driver reports it and goes on with the others
-            traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Worker(sys.argv[1]).measure)

@@ -1,0 +1,1 @@
+"""What the benchmark drivers of this folder's parent are made of."""

@@ -1,0 +1,81 @@
+"""How the profiler names our kernels, and which part of a layer each belongs to."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class ExpertKernel(NamedTuple):
+    """Module and class under `sonicmoe_kernels.cute`, and the steps of roofline.py it serves."""
+
+    module: str
+    name: str
+    steps: tuple[str, ...]
+
+
+# One symbol serves both weight gradients, and one both aggregations.
+EXPERTS = {
+    "up": ExpertKernel("up", "Up", ("up",)),
+    "down": ExpertKernel("down", "Down", ("down",)),
+    "d_hidden": ExpertKernel("d_hidden", "DHidden", ("d_hidden",)),
+    "d_input": ExpertKernel("d_input", "DInput", ("d_input",)),
+    "d_weights": ExpertKernel("grouped_gemm_k", "GroupedGemmK", ("d_weight2", "d_weight13")),
+    "aggregate": ExpertKernel("aggregate", "Aggregate", ("aggregate_out", "aggregate_dx")),
+}
+ROUTING = {
+    "topk": "TopK",
+    "topk_backward": "TopKGradient",
+    "membership": "Membership",
+    "balance": "Balance",
+    "token_rounding": "TokenRounding",
+    "plan_rows": "PlanRows",
+    "score_gradient": "ScoreGradient",
+}
+# The official package's: gated, default and dgated GEMMs, and its one sum kernel.
+OFFICIAL_EXPERTS = r"quackgemm_|token_gather_sum_kernel"
+
+
+def symbol(module: str, name: str) -> str:
+    """What a kernel's name contains once only letters, digits and _ are left of it."""
+    return f"sonicmoe_kernelscute{module}{name}_object"
+
+
+def plain(kernel: str) -> str:
+    """A kernel's name with letters, digits and _ alone."""
+    return re.sub(r"\W", "", kernel)
+
+
+def expert_kernel(kernel: str) -> str | None:
+    """Our name for a kernel of the experts, None for any other."""
+    text = plain(kernel)
+    return next((key for key, k in EXPERTS.items() if symbol(k.module, k.name) in text), None)
+
+
+def is_experts(kernel: str, impl: str) -> bool:
+    """Whether a kernel of `impl` ("sonicmoe" or "official") computes the experts."""
+    if impl == "official":
+        return re.search(OFFICIAL_EXPERTS, plain(kernel)) is not None
+    return expert_kernel(kernel) is not None
+
+
+GEMMS = [symbol(k.module, k.name) for key, k in EXPERTS.items() if key != "aggregate"]
+# Kinds of GPU work of a training step by what its name contains; the first match counts.
+KINDS = {
+    "experts: grouped GEMMs": "|".join([*GEMMS, "GroupProblem"]),
+    "experts: aggregation": symbol("aggregate", "Aggregate"),
+    "routing": "|".join([*(symbol(*item) for item in ROUTING.items()), "[Ss]ort", "[Tt]op[Kk]"])
+    + "|searchsorted|[Ss]can",
+    "attention": r"flash|fmha|sdpa|attention",
+    "optimizer, gradient norm": r"multi_tensor|adam|lpnorm",
+    "other GEMMs": r"nvjet|gemm|xmma|cublas|splitK",
+    "compiled pointwise": r"triton_",
+    "collectives": r"nccl",
+    "copies": r"Memcpy|Memset|copy|fill|FillFunctor|CatArray|split_with",
+}
+
+
+def kind(kernel: str) -> str:
+    """The kind of GPU work a kernel, copy or fill is."""
+    text = plain(kernel)
+    return next((k for k, pattern in KINDS.items() if re.search(pattern, text)), "other")

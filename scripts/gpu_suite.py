@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Everything that must run on an H100, in parts that fail and time out on their own.
+
+    python scripts/gpu_suite.py --list
+    python scripts/gpu_suite.py --parts warmup --jobs 16        needs no GPU
+    python scripts/gpu_suite.py --parts tests sanitizer --log outputs/suite --deadline 560
+    python scripts/gpu_suite.py --parts moe-official --pythonpath official=/opt/official/site
+
+GPUs may be had for minutes at a time: a part is what fits ten of them, with a time limit, in
+process groups of its own, with a log file; a failing part stops nobody; the summary (also
+summary.json beside the logs) says what passed, failed, timed out or was left out for --deadline,
+and the exit code is 1 unless every part passed. A name before a dash stands for all its parts:
+`tests`, `sanitizer`, `moe`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
+
+from bench.process import python_environment  # noqa: E402
+from bench.suite_parts import Part, parts  # noqa: E402
+
+GRACE_S = 5  # for a part that is out of time to end by itself
+TAIL_LINES = 15  # of the log of a part that failed
+
+
+class Outcome(NamedTuple):
+    """How a part ended: "passed (proof)", "failed (why)", "timed out" or "left out (why)"."""
+
+    part: str
+    outcome: str
+    seconds: float
+
+
+def run_part(name: str, part: Part, folder: Path, *, limit_s: float) -> Outcome:
+    """The part's commands, in a process group each, their output in `folder`/name.log."""
+    began = time.monotonic()
+    environment = python_environment() | dict(part.environment)
+    outcome = "passed"
+    with (folder / f"{name}.log").open("w") as log:
+        for command in part.commands:
+            log.write(f"$ {' '.join(command)}\n")
+            log.flush()
+            left = limit_s - (time.monotonic() - began)
+            code = _run(command, log, environment, limit_s=left)
+            if code != 0:
+                outcome = "timed out" if code is None else f"failed ({code})"
+                break
+    if outcome == "passed" and part.proof:
+        found = re.findall(part.proof, (folder / f"{name}.log").read_text(errors="replace"))
+        outcome = f"passed ({found[-1]})" if found else f"failed (no {part.proof!r} in its log)"
+    return Outcome(name, outcome, time.monotonic() - began)
+
+
+def _run(
+    command: list[str], log, environment: dict[str, str], *, limit_s: float
+) -> int | str | None:
+    """Exit code, what kept it from starting, or None if it was stopped with all it had started."""
+    try:
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        )
+    except OSError as error:
+        log.write(f"{error}\n")
+        return f"{command[0]}: {error.strerror}"
+    try:
+        return process.wait(timeout=max(limit_s, 0))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # a benchmark ends its own workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=GRACE_S)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_all(
+    chosen: dict[str, Part],
+    folder: Path,
+    *,
+    deadline_s: float | None = None,
+    packages: Sequence[str] = (),
+) -> list[Outcome]:
+    """Part after part.
+
+    Left out: what is not expected to end before the deadline, or needs other than `packages`.
+    """
+    began, outcomes = time.monotonic(), []
+    for name, part in chosen.items():
+        left = float("inf") if deadline_s is None else deadline_s - (time.monotonic() - began)
+        if part.needs and part.needs not in packages:
+            outcome = Outcome(name, f"left out (no --pythonpath {part.needs}=...)", 0.0)
+        elif part.expected_s > left:
+            outcome = Outcome(name, f"left out ({left:.0f} s left)", 0.0)
+        else:
+            print(f"{name}: {part.about}", flush=True)
+            outcome = run_part(name, part, folder, limit_s=min(part.limit_s, left))
+        outcomes.append(outcome)
+        print(f"{name}: {outcome.outcome} after {outcome.seconds:.0f} s", flush=True)
+        if outcome.outcome.startswith(("failed", "timed out")):
+            print(_tail(folder / f"{name}.log"), flush=True)
+        summary = [outcome._asdict() for outcome in outcomes]
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return outcomes
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(
+        f"    {line}" for line in log.read_text(errors="replace").splitlines()[-lines:]
+    )
+
+
+def named(words: Sequence[str], known: dict[str, Part]) -> dict[str, Part]:
+    """The parts of names and of what stands before a name's dash.
+
+    Raises:
+        ValueError: a word that names no part.
+    """
+    chosen = {}
+    for word in words:
+        found = {n: part for n, part in known.items() if word in (n, n.partition("-")[0])}
+        if not found:
+            raise ValueError(f"--parts {word}: expected some of {', '.join(known)}")
+        chosen |= found
+    return chosen
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="default: every part")
+    parser.add_argument("--log", type=Path, default=ROOT / "outputs" / "gpu_suite")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the compiler")
+    parser.add_argument("--deadline", type=float, help="seconds after which no part may end")
+    parser.add_argument("--pythonpath", nargs="*", default=[], metavar="IMPL=PATHS",
+                        help="where official and liger are installed")  # fmt: skip
+    given = parser.parse_args(argv)
+    known = parts(jobs=given.jobs, out=given.out.absolute(), pythonpath=given.pythonpath)
+    try:
+        chosen = known if given.parts is None else named(given.parts, known)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.list:
+        for name, part in chosen.items():
+            print(f"{name:20s} {part.expected_s:4d} s, at most {part.limit_s:4d}  {part.about}")
+        return 0
+    given.log.mkdir(parents=True, exist_ok=True)
+    packages = [entry.partition("=")[0] for entry in given.pythonpath]
+    outcomes = run_all(chosen, given.log, deadline_s=given.deadline, packages=packages)
+    print("\n".join(f"{o.part:20s} {o.seconds:6.0f} s  {o.outcome}" for o in outcomes))
+    return 0 if all(o.outcome.startswith("passed") for o in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
