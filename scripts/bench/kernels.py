@@ -7,21 +7,22 @@ from typing import NamedTuple
 
 
 class ExpertKernel(NamedTuple):
-    """Module and class under `sonicmoe_kernels.cute`, and the steps of roofline.py it serves."""
+    """Classes under `sonicmoe_kernels.cute` by their modules, and the steps of roofline.py."""
 
-    module: str
-    name: str
+    classes: dict[str, str]
     steps: tuple[str, ...]
 
 
 # One symbol serves both weight gradients, and one both aggregations.
 EXPERTS = {
-    "up": ExpertKernel("up", "Up", ("up",)),
-    "down": ExpertKernel("down", "Down", ("down",)),
-    "d_hidden": ExpertKernel("d_hidden", "DHidden", ("d_hidden",)),
-    "d_input": ExpertKernel("d_input", "DInput", ("d_input",)),
-    "d_weights": ExpertKernel("grouped_gemm_k", "GroupedGemmK", ("d_weight2", "d_weight13")),
-    "aggregate": ExpertKernel("aggregate", "Aggregate", ("aggregate_out", "aggregate_dx")),
+    "up": ExpertKernel({"up": "Up", "up_relayed": "UpRelayed"}, ("up",)),
+    "down": ExpertKernel({"down": "Down"}, ("down",)),
+    "d_hidden": ExpertKernel(
+        {"d_hidden": "DHidden", "d_hidden_relayed": "DHiddenRelayed"}, ("d_hidden",)
+    ),
+    "d_input": ExpertKernel({"d_input": "DInput"}, ("d_input",)),
+    "d_weights": ExpertKernel({"grouped_gemm_k": "GroupedGemmK"}, ("d_weight2", "d_weight13")),
+    "aggregate": ExpertKernel({"aggregate": "Aggregate"}, ("aggregate_out", "aggregate_dx")),
 }
 ROUTING = {
     "topk": "TopK",
@@ -49,7 +50,10 @@ def plain(kernel: str) -> str:
 def expert_kernel(kernel: str) -> str | None:
     """Our name for a kernel of the experts, None for any other."""
     text = plain(kernel)
-    return next((key for key, k in EXPERTS.items() if symbol(k.module, k.name) in text), None)
+    for key, kernel_of_ours in EXPERTS.items():
+        if any(symbol(module, name) in text for module, name in kernel_of_ours.classes.items()):
+            return key
+    return None
 
 
 def is_experts(kernel: str, impl: str) -> bool:
@@ -59,7 +63,12 @@ def is_experts(kernel: str, impl: str) -> bool:
     return expert_kernel(kernel) is not None
 
 
-GEMMS = [symbol(k.module, k.name) for key, k in EXPERTS.items() if key != "aggregate"]
+GEMMS = [
+    symbol(module, name)
+    for key, kernel in EXPERTS.items()
+    if key != "aggregate"
+    for module, name in kernel.classes.items()
+]
 # Kinds of GPU work of a training step by what its name contains; the first match counts.
 KINDS = {
     "experts: grouped GEMMs": "|".join([*GEMMS, "GroupProblem"]),
