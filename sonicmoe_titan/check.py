@@ -44,7 +44,8 @@ def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
     if sequences < 0:
         sequences = config.training.local_batch_size * (data_ranks(config, num_processes) or 1)
     tokens = sequences * config.training.seq_len
-    machines = f"{num_processes} processes, " if num_processes else ""
+    processes = "process" if num_processes == 1 else "processes"
+    machines = f"{num_processes} {processes}, " if num_processes else ""
     return (
         f"{_count(total)} parameters ({_count(active)} active), {config.model.router}, {machines}"
         f"{config.training.steps} steps of {tokens:,} tokens"

@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from sonicmoe_titan import check
 from sonicmoe_titan.config_registry import CONFIGS
 from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR
-from sonicmoe_titan.toml_config import Command
+from sonicmoe_titan.toml_config import Command, above_zero
 
 USAGE = "usage: sonicmoe train [CONFIG] [--nproc PROCESSES] [--KEY VALUE ...]"
 DEFAULT_CONFIG = CONFIGS / "debug.toml"
@@ -30,7 +30,9 @@ def main(argv: list[str]) -> int:
         torchrun's exit code; ConfigError before anything starts on a run that is not valid.
     """
     command = Command.parse(argv, usage=USAGE, default=_relative(DEFAULT_CONFIG))
-    processes = command.num_processes or int(os.environ.get("NPROC", "0"))
+    processes = command.num_processes
+    if processes is None and (given := os.environ.get("NPROC")):
+        processes = above_zero(given, "environment: NPROC")
     processes = processes or torch.cuda.device_count() or 1
     config = check.load_checked(command, num_processes=processes)
     if command.print_config:
