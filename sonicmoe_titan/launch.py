@@ -47,8 +47,8 @@ def main(argv: list[str]) -> int:
         *("-m", "sonicmoe_titan.train"),
         *("--job.config_file", command.config_file, *command.overrides),
     ]
-    # its warnings about a signal say nothing that the processes do not say themselves
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    # its lines about a signal or a failure say nothing that the processes or we do not say
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         torchrun.run(torchrun.get_args_parser().parse_args(arguments))
     except ChildFailedError as error:

@@ -6,6 +6,8 @@ is on, to `metrics.jsonl` in the dump folder, from which `sonicmoe report` draws
 
 from __future__ import annotations
 
+import functools
+import math
 import netrc
 import os
 import time
@@ -34,6 +36,7 @@ from sonicmoe_titan.throughput import Throughput
 
 WANDB_PROJECT = "sonicmoe-titan"
 WANDB_HOST = "api.wandb.ai"
+A100_PEAK_FLOPS = 312e12
 GIB = 2**30
 
 
@@ -85,6 +88,7 @@ class SonicMetrics(MetricsProcessor):
         self._is_reporter = False
         self._steps_begun = 0
         self._folder = Path(dump_folder)
+        self._device_name = utils.device_module.get_device_name()
         super().__init__(config, dump_folder=dump_folder, config_dict=config_dict, **kwargs)
         run = config_dict or {}
         self.throughput = Throughput(
@@ -114,13 +118,12 @@ class SonicMetrics(MetricsProcessor):
         if not self._is_reporter:
             return stock
         loggers = stock if isinstance(stock, LoggerContainer) else LoggerContainer()
-        device_name = utils.device_module.get_device_name()
-        on_cpu = utils.device_type == "cpu"
+        peak = known_peak_flops(self._device_name)
         header = run_header(
             config_dict or {},
-            device_name=device_name,
+            device_name=self._device_name,
             num_devices=dist.get_world_size() if dist.is_initialized() else 1,
-            peak_tflops=None if on_cpu else utils.get_peak_flops(device_name) / 1e12,
+            peak_tflops=None if peak is None else peak / 1e12,
         )
         loggers.add_logger(RunLog(self._folder, header))
         return loggers
@@ -199,8 +202,8 @@ class SonicMetrics(MetricsProcessor):
 
     @property
     def knows_peak_flops(self) -> bool:
-        """Whether MFU means anything: not on a CPU, nor with quantised arithmetic."""
-        return utils.device_type != "cpu" and not self.has_quantization
+        """Whether MFU means anything: not with quantised arithmetic."""
+        return not self.has_quantization and known_peak_flops(self._device_name) is not None
 
     def _routing_metrics(self, step: int) -> dict[str, float]:
         device = torch.device(utils.device_type)
@@ -214,6 +217,17 @@ class SonicMetrics(MetricsProcessor):
         if self.config.per_layer:
             return metrics
         return {name: value for name, value in metrics.items() if name.startswith("moe/")}
+
+
+@functools.cache
+def known_peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of one device; None for a CPU or a GPU that TorchTitan does not know.
+
+    TorchTitan takes an A100's peak for those: a number that looks like an MFU and is none.
+    """
+    peak = utils.get_peak_flops(device_name)
+    assumed = peak == A100_PEAK_FLOPS and "A100" not in device_name
+    return None if assumed or math.isinf(peak) else peak
 
 
 def _console_line(metrics: Mapping[str, float], eta_s: float | None) -> str:

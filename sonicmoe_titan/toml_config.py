@@ -23,8 +23,8 @@ from sonicmoe_titan.trainer import SonicTrainer
 
 COMMAND_LINE = "command line"
 JOB = "job"
-KEYS = """Every key of the configuration can be given as --table.key VALUE, --table.key=VALUE, or for true
-and false as --table.key and --table.no-key; --print-config shows all of them with their values."""
+KEYS = """Every key of the configuration can follow: --table.key VALUE or --table.key=VALUE, and for
+true and false --table.key and --table.no-key. --print-config shows all keys with their values."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _read_toml(path: Path) -> Table:
 
 
 def _nearest_file(path: Path) -> str:
-    """`; did you mean X?`: a file of this name elsewhere, or of a name like it in the same folder."""
+    """`; did you mean X?`: this name with its suffix or among the runs, or a name like it."""
     name = path.name if path.suffix == ".toml" else f"{path.name}.toml"
     for there in (path.with_name(name), config_registry.CONFIGS / name):
         if there.is_file():

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchtitan.tools import utils
 
-from sonicmoe_titan.metrics import SonicMetrics, _console_line
+from sonicmoe_titan.metrics import SonicMetrics, _console_line, known_peak_flops
 from sonicmoe_titan.routing_metrics import Gathered, routing_metrics
 from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
 from sonicmoe_titan.stats import RouterStats
@@ -178,6 +179,27 @@ def test_wandb_setting_of_the_user_stands(monkeypatch: pytest.MonkeyPatch, key: 
     monkeypatch.setenv(key, "online")
     metrics._prepare_wandb()
     assert metrics.os.environ["WANDB_MODE"] == ("online" if key == "WANDB_MODE" else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+    ],
+)
+def test_mfu_refers_to_a_peak_that_is_known(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TorchTitan asks lspci first: this machine's answer must not decide
+    monkeypatch.setattr(utils.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    known_peak_flops.cache_clear()
+    assert known_peak_flops(name) == peak
+    known_peak_flops.cache_clear()
 
 
 @pytest.mark.parametrize(("tile", "warns"), [(128, False), (256, False), (96, True), (32, True)])
