@@ -5,12 +5,10 @@ it finds nothing, and asks `torch.cpu` for functions that only `torch.cuda` has.
 in the machine nothing here is touched.
 """
 
-import math
 import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -40,19 +38,8 @@ def prepare_cpu() -> None:
         if not hasattr(torch.cpu, function.__name__):
             setattr(torch.cpu, function.__name__, function)
     _correct_imported_modules()
-    from torchtitan.tools import utils  # after the corrections: it freezes the device type
-
-    utils._get_available_device_type = torch._utils._get_available_device_type
-    utils.get_peak_flops = _no_peak_for_a_cpu(  # pyrefly: ignore [bad-assignment]
-        utils.get_peak_flops
-    )
     # FSDP on gloo says so at every start; `parallelize_decoder` draws each shard by itself
     warnings.filterwarnings("ignore", "DTensor random operators may not have complete support")
-
-
-def _no_peak_for_a_cpu(stock: Callable[[str], float]) -> Callable[[str], float]:
-    """TorchTitan takes an A100's peak, with two warnings; against infinity the MFU is 0."""
-    return lambda device_name: math.inf if device_name == "cpu" else stock(device_name)
 
 
 def get_device_name(device: object = None) -> str:
@@ -88,3 +75,6 @@ def _correct_imported_modules() -> None:
             module.device_type = "cpu"  # pyrefly: ignore [missing-attribute]
             if hasattr(module, "device_module"):
                 module.device_module = torch.cpu  # pyrefly: ignore [missing-attribute]
+            if hasattr(module, "_get_available_device_type"):
+                # pyrefly: ignore [missing-attribute]
+                module._get_available_device_type = torch._utils._get_available_device_type

@@ -219,13 +219,21 @@ class SonicMetrics(MetricsProcessor):
         return {name: value for name, value in metrics.items() if name.startswith("moe/")}
 
 
+def peak_flops(device_name: str) -> float:
+    """As TorchTitan's, which takes an A100's for a CPU too; against infinity its MFU is 0."""
+    return math.inf if device_name == "cpu" else _stock_peak_flops(device_name)
+
+
+_stock_peak_flops = utils.get_peak_flops  # the trainer puts ours in its place
+
+
 @functools.cache
 def known_peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of one device; None for a CPU or a GPU that TorchTitan does not know.
 
     TorchTitan takes an A100's peak for those: a number that looks like an MFU and is none.
     """
-    peak = utils.get_peak_flops(device_name)
+    peak = peak_flops(device_name)
     assumed = peak == A100_PEAK_FLOPS and "A100" not in device_name
     return None if assumed or math.isinf(peak) else peak
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -16,7 +17,7 @@ from sonicmoe_titan.memory_fit import (
     measure_first_block,
     predicted_activation_bytes,
 )
-from sonicmoe_titan.metrics import SonicMetrics
+from sonicmoe_titan.metrics import SonicMetrics, peak_flops
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
 from sonicmoe_titan.run_kernels import prepare_run
@@ -44,6 +45,7 @@ class SonicTrainer(Trainer):
 
     def __init__(self, config: Config) -> None:
         prepare_run(config)  # first: a process group would count this time against its timeout
+        utils.get_peak_flops = peak_flops
         super().__init__(config)
         self._check_vocabulary()
         # the shapes of a run never change, so neither does what one forward pass weighs
