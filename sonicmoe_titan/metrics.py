@@ -111,10 +111,9 @@ class SonicMetrics(MetricsProcessor):
         stock = super()._build_metric_logger(
             dump_folder=dump_folder, pp_schedule=pp_schedule, config_dict=config_dict, **kwargs
         )
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self._is_reporter = rank == _get_metrics_rank(
-            parallel_dims=parallel_dims, pp_schedule=pp_schedule
-        )
+        # Of a pipeline TorchTitan lets the rank speak that has the loss; a launcher shows rank 0.
+        self._is_reporter = not dist.is_initialized() or dist.get_rank() == 0
+        self._loss_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         if not self._is_reporter:
             return stock
         loggers = stock if isinstance(stock, LoggerContainer) else LoggerContainer()
@@ -146,6 +145,7 @@ class SonicMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Log a training step; see TorchTitan's `MetricsProcessor.log` for the arguments."""
+        global_avg_loss, global_max_loss = self.of_last_stage(global_avg_loss, global_max_loss)
         extra = {**(extra_metrics or {}), **self._throughput_metrics(step)}
         routing = self._routing_metrics(step)
         if self.activation_bytes is not None:
@@ -157,6 +157,14 @@ class SonicMetrics(MetricsProcessor):
             line = _console_line({**extra, **routing}, self.throughput.eta_s)
             if line:
                 logger.info(f"{self.color.cyan}{line}{self.color.reset}")
+
+    def of_last_stage(self, *losses: float) -> list[float]:
+        """What the losses are on the last stage of a pipeline, which alone knows; collective."""
+        if not self.parallel_dims.pp_enabled:
+            return list(losses)
+        known = torch.tensor(losses, dtype=torch.float64, device=utils.device_type)
+        dist.broadcast(known, src=self._loss_rank)
+        return known.tolist()
 
     def close(self) -> None:
         """Write the run's table and figures if asked, and end the loggers."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from tests.titan.ranks import run_on_ranks
 @pytest.fixture(scope="module")
 def logged(shared_folder: Path) -> tuple[Run, int]:
     """A finished run of two ranks and the tokens that it saw."""
-    (_, (folder, tokens), _), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    (_, (folder, tokens), *_), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
     return read_run(folder), tokens
 
 
@@ -68,7 +69,7 @@ def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
     shared_folder: Path,
 ) -> None:
     results = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
-    for (both, staged, left), _, _ in results:
+    for (both, staged, left), *_ in results:
         assert both.layer_ids == [0, 1]
         assert staged.layer_ids == [1, 3]
         assert left == 0.0
@@ -82,7 +83,7 @@ def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
 
 
 def test_expert_parallelism_keeps_what_the_memory_model_expects(shared_folder: Path) -> None:
-    for _, _, kept in run_on_ranks(gather_and_train, ranks=2, base=shared_folder):
+    for _, _, kept, _ in run_on_ranks(gather_and_train, ranks=2, base=shared_folder):
         for router, (expected, bound, measured) in kept.items():
             assert measured == pytest.approx(expected, rel=0.02), router
             assert measured <= bound, router
@@ -141,6 +142,19 @@ def test_validation_is_recorded_and_does_not_disturb_the_routing_numbers(
     assert all(record[VALIDATION_LOSS] > 0 for record in run.validation)
     # a validation in the window would add top-k rows that are no whole tiles
     assert all(record["moe/rows_added"] > 0 for record in run.training[1:])
+
+
+def test_rank_0_of_a_pipeline_tells_the_loss_of_its_last_stage(shared_folder: Path) -> None:
+    first, last = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    (folder, lines), (_, same) = first[3], last[3]
+    run = read_run(folder)
+    assert [record["step"] for record in run.training] == [1, 2]
+    losses = [record[TRAIN_LOSS] for record in run.training]
+    losses += [record[VALIDATION_LOSS] for record in run.validation]
+    assert all(5 < loss < 8 for loss in losses), losses  # about log 512
+    assert len(losses) == 4 and len(lines) == len(same) == 6
+    without_memory = [re.sub(r"(memory|tps|tflops|mfu): *\S+", "", line) for line in lines]
+    assert without_memory == [re.sub(r"(memory|tps|tflops|mfu): *\S+", "", line) for line in same]
 
 
 def test_end_of_run_leaves_figures_a_table_and_loggers_files(logged: tuple[Run, int]) -> None:
