@@ -38,7 +38,7 @@ def load_checked(command: Command, *, num_processes: int | None) -> SonicTrainer
 
 
 def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
-    """A run in one line: model, processes, steps and tokens."""
+    """A run in one line: model, processes, steps and tokens; a second one warns."""
     total, active = parameter_counts(config.model)
     sequences = config.training.global_batch_size
     if sequences < 0:
@@ -48,7 +48,20 @@ def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
     machines = f"{num_processes} {processes}, " if num_processes else ""
     return (
         f"{_count(total)} parameters ({_count(active)} active), {config.model.router}, {machines}"
-        f"{config.training.steps} steps of {tokens:,} tokens"
+        f"{config.training.steps} steps of {tokens:,} tokens{_few_rows(config)}"
+    )
+
+
+def _few_rows(config: SonicTrainer.Config) -> str:
+    """A second line when token rounding has less than a tile of rows per expert to round."""
+    model, tokens = config.model, microbatch_tokens(config)
+    rows, tile = tokens * model.top_k / model.num_experts, model.rounding_tile
+    if model.router != "token_rounding" or rows >= tile:
+        return ""
+    return (
+        f"\nwarning: a microbatch of {tokens:,} tokens gives an expert {rows:.0f} rows on average, "
+        f"less than a tile (model.rounding_tile = {tile}): rounding empties many experts; give a "
+        "microbatch more tokens, best two tiles of rows or more, or lower the tile"
     )
 
 

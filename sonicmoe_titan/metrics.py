@@ -87,6 +87,7 @@ class SonicMetrics(MetricsProcessor):
             _prepare_wandb()
         self._is_reporter = False
         self._steps_begun = 0
+        self._has_logged = False
         self._folder = Path(dump_folder)
         self._device_name = utils.device_module.get_device_name()
         super().__init__(config, dump_folder=dump_folder, config_dict=config_dict, **kwargs)
@@ -153,6 +154,7 @@ class SonicMetrics(MetricsProcessor):
         super().log(
             step, global_avg_loss, global_max_loss, grad_norm, extra_metrics={**extra, **routing}
         )
+        self._has_logged = True
         if self._is_reporter:
             line = _console_line({**extra, **routing}, self.throughput.eta_s)
             if line:
@@ -167,8 +169,12 @@ class SonicMetrics(MetricsProcessor):
         return known.tolist()
 
     def close(self) -> None:
-        """Write the run's table and figures if asked, and end the loggers."""
-        if self._is_reporter and self.config.report:
+        """Write the run's table and figures if asked, and end the loggers.
+
+        A process that logged no step, such as one whose checkpoint was refused, has no run to
+        report: what lies in the folder is an earlier one's.
+        """
+        if self._is_reporter and self._has_logged and self.config.report:
             try:
                 self._report()
             except Exception as error:  # a figure must not fail a finished run

@@ -97,7 +97,8 @@ def test_impossible_run_is_refused_in_one_line(
         "--nproc 2 --parallelism.expert_parallel_degree 2",
         "--nproc 4 --parallelism.expert_parallel_degree 4 --parallelism.tensor_parallel_degree 2",
         "--nproc 4 --parallelism.data_parallel_replicate_degree 2",
-        "--nproc 2 --parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings",
+        "--nproc 2 --parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings "
+        "--model.rounding_tile 32",
         "--nproc 2 --training.global_batch_size 64",
         "--model.router topk --model.rounding_tile 4096",
         "--compile.enable --compile.backend aot_eager --nproc 1",
@@ -110,6 +111,23 @@ def test_possible_run_is_described_in_one_line(
     captured = capsys.readouterr()
     assert captured.err == ""
     assert re.fullmatch(r"run\.toml: ok: 2\.\dM parameters .* steps of .* tokens\n", captured.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ("--model.rounding_tile 512", 256),
+        ("--parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings", 32),
+    ],
+)
+def test_less_than_a_tile_of_rows_per_expert_warns(
+    arguments: str, rows: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["check", RUN, *arguments.split()]) == 0
+    _, warning = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: ") and f"gives an expert {rows} rows on average" in warning
+    assert cli.run(["check", RUN, *arguments.split(), "--model.router", "topk"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_inductor_without_a_compiler_is_refused(

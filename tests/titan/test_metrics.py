@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchtitan.components.metrics import BaseLogger
 from torchtitan.tools import utils
 
 from sonicmoe_titan.metrics import SonicMetrics, _console_line, known_peak_flops
@@ -166,6 +167,16 @@ def test_end_of_run_leaves_figures_a_table_and_loggers_files(logged: tuple[Run, 
     assert rows["steps"] == "8"
     assert list(run.folder.glob("tb/*/events.out.tfevents.*"))
     assert list(run.folder.glob("tb/*/wandb/offline-run-*"))
+
+
+def test_process_that_logged_nothing_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = []
+    monkeypatch.setattr(SonicMetrics, "_report", lambda self: reports.append(self))
+    metrics = SonicMetrics.__new__(SonicMetrics)
+    metrics.config, metrics._is_reporter, metrics.logger = SonicMetrics.Config(), True, BaseLogger()
+    for metrics._has_logged in (False, True):
+        metrics.close()
+        assert bool(reports) == metrics._has_logged
 
 
 def test_wandb_goes_offline_without_a_key_and_says_so(
