@@ -136,6 +136,9 @@ def _check_numbers(config: SonicTrainer.Config) -> None:
             value = getattr(getattr(config, table), key)
             if value <= 0:
                 raise ValueError(f"{table}.{key} = {value}: expected a number above 0")
+    warmup = config.lr_scheduler.warmup_steps
+    if warmup < 0:
+        raise ValueError(f"lr_scheduler.warmup_steps = {warmup}: expected 0 or more")
     shard = config.parallelism.data_parallel_shard_degree
     if shard == 0 or shard < -1:
         raise ValueError(
@@ -273,6 +276,12 @@ def _check_machine(config: SonicTrainer.Config) -> None:
     if not on_gpu and model.attention in ("flex", "varlen"):
         raise ValueError(
             f'model.attention = "{model.attention}" needs a GPU, there is none: use sdpa or auto'
+        )
+    precision = config.training.mixed_precision_param
+    if on_gpu and model.moe == "sonic" and precision != "bfloat16":
+        raise ValueError(
+            f'training.mixed_precision_param = "{precision}": the experts on a GPU multiply in '
+            'bfloat16 (parameters and sums stay in training.dtype): set it to "bfloat16"'
         )
     if model.backend == "hopper":
         device = torch.device("cuda" if on_gpu else "cpu")

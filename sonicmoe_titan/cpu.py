@@ -39,7 +39,7 @@ def prepare_cpu() -> None:
             setattr(torch.cpu, function.__name__, function)
     _correct_imported_modules()
     # FSDP on gloo says so at every start; `parallelize_decoder` draws each shard by itself
-    warnings.filterwarnings("ignore", "DTensor random operators may not have complete support")
+    warnings.filterwarnings("ignore", r"DTensor (random operators|manual_seed\(\)) may not have")
 
 
 def get_device_name(device: object = None) -> str:

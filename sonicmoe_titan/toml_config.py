@@ -127,9 +127,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Given]]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise ConfigError(
-                f"{COMMAND_LINE}: {argument}: expected --table.key value or --table.key=value"
-            )
+            expected = "expected --table.key value or --table.key=value"
+            if argument.endswith(".toml"):
+                expected += "; the configuration comes first"
+            raise ConfigError(f"{COMMAND_LINE}: {argument}: {expected}")
         key, equals, text = argument[2:].partition("=")
         key = key.replace("-", "_")
         value: str | None = text if equals else None

@@ -39,6 +39,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--parallelism.context_parallel_degree 0", "expected a number above 0"),
         ("--training.seq_len 129 --parallelism.tensor_parallel_degree 2", "a multiple of 2"),
         ("--training.seq_len 130 --parallelism.context_parallel_degree 2", "a multiple of 4"),
+        ("--lr_scheduler.warmup_steps -1", "warmup_steps = -1: expected 0 or more"),
         ("--training.steps -1", "training.steps = -1: expected a number above 0"),
         ("--training.global_batch_size 12 --nproc 1", "expected -1 or a multiple of 8"),
         ("--training.global_batch_size 8 --nproc 2", "multiple of 16"),
@@ -144,12 +145,25 @@ def test_hopper_backend_on_another_gpu_is_one_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA B200")
-    assert cli.run(["check", RUN, "--nproc", "1", "--model.backend", "auto"]) == 0
+    run = ["check", RUN, "--nproc", "1", "--training.mixed_precision_param", "bfloat16"]
+    assert cli.run([*run, "--model.backend", "auto"]) == 0
     capsys.readouterr()
-    assert cli.run(["check", RUN, "--nproc", "1", "--model.backend", "hopper"]) == 2
+    assert cli.run([*run, "--model.backend", "hopper"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: command line: model.backend")
+
+
+def test_float32_experts_on_a_gpu_are_one_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["check", RUN, "--nproc", "1", "--training.mixed_precision_param", "float32"]
+    assert cli.run(run) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capsys.readouterr()
+    assert cli.run(run) == 2
+    assert 'set it to "bfloat16"' in capsys.readouterr().err
+    assert cli.run([*run, "--model.moe", "stock", "--model.router", "topk"]) == 0
 
 
 def test_print_config_prints_a_file_that_checks(

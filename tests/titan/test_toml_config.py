@@ -163,6 +163,11 @@ def test_mistakes_in_a_file_name_file_key_and_what_is_accepted(
         (["--model.rounding_tile", "0"], "model.rounding_tile = 0: expected a number above 0"),
         (["--compile.enable", "maybe"], "expected true or false"),
         (["training.steps", "4"], "training.steps: expected --table.key value"),
+        (
+            ["--training.steps=4", "run.toml"],
+            "run.toml: expected --table.key value or --table.key=",
+        ),
+        (["--training.steps=4", "run.toml"], "; the configuration comes first"),
         (["--training", "4"], "expected a table of its keys"),
         (["--optimizer.lr", "0"], "optimizer.lr = 0.0: expected a number above 0"),
         (["--job.recipe", "debugg"], "did you mean debug?"),
