@@ -47,8 +47,9 @@ def main(argv: list[str]) -> int:
         *("-m", "sonicmoe_titan.train"),
         *("--job.config_file", command.config_file, *command.overrides),
     ]
-    # its lines about a signal or a failure say nothing that the processes or we do not say
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # its lines about a signal or an exit code say nothing that the processes or we do not say
+    for name in ("agent.server.api", "multiprocessing.api"):  # torch gives the first its own level
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         torchrun.run(torchrun.get_args_parser().parse_args(arguments))
     except ChildFailedError as error:
