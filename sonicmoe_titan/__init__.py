@@ -4,10 +4,11 @@ import signal
 import sys
 from pathlib import Path
 
-# What our own programs import takes seconds. Until their `main` takes over, Ctrl-C ends them without
-# a traceback.
-_our_program = sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name == "sonicmoe"
-if _our_program and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+# The imports of our own programs take seconds. Ctrl-C ends them without a traceback, until `main`
+# takes over.
+if (sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).name == "sonicmoe") and signal.getsignal(
+    signal.SIGINT
+) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from sonicmoe_titan.cpu import prepare_cpu
