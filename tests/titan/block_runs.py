@@ -7,7 +7,7 @@ from typing import Any
 from torchtitan.config import OverrideConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from tests.titan import aux_loss_ranks, expert_parallel_ranks, probes
+from tests.titan import aux_loss_ranks, expert_parallel_ranks, probes, stock_models
 from tests.titan.distributed import Run, launch
 
 # Every layout gets four sequences a step, in whatever shares.
@@ -61,6 +61,7 @@ ONE: Runs = {
     "aux": _run(model=AUX, inspect=probes.layer_stats),
     "aux, full": _run(model=AUX, trainer=FULL),
     "aux, accumulated": _run(model=AUX | UNTIED, training=SINGLE | {"global_batch_size": 4}),
+    **stock_models.FUNCTIONS,
 }
 TWO: Runs = {
     "fsdp": _run(whole=False),
