@@ -8,7 +8,7 @@ import torch
 
 from sonicmoe_titan.corpus import LOCAL_CORPORA
 from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
-from sonicmoe_titan.model_args import parameter_counts
+from sonicmoe_titan.run_sizes import data_ranks, fixed_degree, microbatch_tokens, summary
 from sonicmoe_titan.tokenizer import TextTokenizer
 from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
@@ -37,34 +37,6 @@ def load_checked(command: Command, *, num_processes: int | None) -> SonicTrainer
     return config
 
 
-def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
-    """A run in one line: model, processes, steps and tokens; a second one warns."""
-    total, active = parameter_counts(config.model)
-    sequences = config.training.global_batch_size
-    if sequences < 0:
-        sequences = config.training.local_batch_size * (data_ranks(config, num_processes) or 1)
-    tokens = sequences * config.training.seq_len
-    processes = "process" if num_processes == 1 else "processes"
-    machines = f"{num_processes} {processes}, " if num_processes else ""
-    return (
-        f"{_count(total)} parameters ({_count(active)} active), {config.model.router}, {machines}"
-        f"{config.training.steps} steps of {tokens:,} tokens{_few_rows(config)}"
-    )
-
-
-def _few_rows(config: SonicTrainer.Config) -> str:
-    """A second line when token rounding has less than a tile of rows per expert to round."""
-    model, tokens = config.model, microbatch_tokens(config)
-    rows, tile = tokens * model.top_k / model.num_experts, model.rounding_tile
-    if model.router != "token_rounding" or rows >= tile:
-        return ""
-    return (
-        f"\nwarning: a microbatch of {tokens:,} tokens gives an expert {rows:.0f} rows on average, "
-        f"less than a tile (model.rounding_tile = {tile}): rounding empties many experts; give a "
-        "microbatch more tokens, best two tiles of rows or more, or lower the tile"
-    )
-
-
 def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None:
     """Raise ValueError on the first thing that would stop the run.
 
@@ -85,40 +57,6 @@ def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None
         SonicStateDictAdapter(config.model_spec.model, None).architecture()
     if num_processes is not None:
         _check_machine(config)
-
-
-def data_ranks(config: SonicTrainer.Config, num_processes: int | None) -> int | None:
-    """Ranks that read different data, or None when that depends on the number of processes."""
-    p = config.parallelism
-    shard = p.data_parallel_shard_degree
-    if shard < 0:
-        if num_processes is None:
-            return None
-        shard = num_processes // _fixed_degree(config)
-    return p.data_parallel_replicate_degree * shard
-
-
-def microbatch_tokens(config: SonicTrainer.Config) -> int:
-    """Tokens T that one MoE block routes at a time on one rank."""
-    p, training = config.parallelism, config.training
-    sequences = training.local_batch_size
-    if p.pipeline_parallel_degree > 1:
-        sequences = p.pipeline_parallel_microbatch_size
-    tokens = sequences * training.seq_len // p.context_parallel_degree
-    if p.expert_parallel_degree > 1 and p.enable_sequence_parallel:
-        tokens //= p.tensor_parallel_degree  # the block's tokens stay sharded over TP
-    return tokens
-
-
-def _fixed_degree(config: SonicTrainer.Config) -> int:
-    """Product of the degrees that cannot be negative."""
-    p = config.parallelism
-    return (
-        p.data_parallel_replicate_degree
-        * p.context_parallel_degree
-        * p.tensor_parallel_degree
-        * p.pipeline_parallel_degree
-    )
 
 
 def _check_numbers(config: SonicTrainer.Config) -> None:
@@ -149,7 +87,7 @@ def _check_numbers(config: SonicTrainer.Config) -> None:
 
 def _check_mesh(config: SonicTrainer.Config, num_processes: int | None) -> None:
     p = config.parallelism
-    fixed, shard = _fixed_degree(config), p.data_parallel_shard_degree
+    fixed, shard = fixed_degree(config), p.data_parallel_shard_degree
     if num_processes is None:
         return
     if shard < 0 and num_processes % fixed:
@@ -258,6 +196,9 @@ def _check_paths(config: SonicTrainer.Config) -> None:
         "dataloader.dataset_path": config.dataloader.dataset_path,
         "checkpoint.initial_load_path": config.checkpoint.initial_load_path,
     }
+    if config.validator.enable:
+        # pyrefly: ignore[missing-attribute]
+        paths["validator.dataloader.dataset_path"] = config.validator.dataloader.dataset_path
     for key, path in paths.items():
         if path and "://" not in path and not Path(path).exists():
             raise ValueError(f'{key} = "{path}": no such path')
@@ -298,7 +239,3 @@ def _check_machine(config: SonicTrainer.Config) -> None:
             'compile.backend = "inductor" needs a C++ compiler, there is none: install one, or use '
             '"aot_eager"'
         )
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

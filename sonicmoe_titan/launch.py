@@ -12,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sonicmoe_titan import check
 from sonicmoe_titan.config_registry import CONFIGS
+from sonicmoe_titan.run_sizes import summary
 from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR
 from sonicmoe_titan.toml_config import Command, above_zero
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     if command.print_config:
         print(command.resolved(config), end="")
         return 0
-    print(f"{command.config_file}: ok: {check.summary(config, processes)}", flush=True)
+    print(f"{command.config_file}: ok: {summary(config, processes)}", flush=True)
     arguments = [
         f"--nproc_per_node={processes}",
         "--rdzv_backend=c10d",

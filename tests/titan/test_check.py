@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sonicmoe_titan import check, cli
-from sonicmoe_titan.check import check_run, data_ranks, microbatch_tokens
+from sonicmoe_titan.check import check_run
+from sonicmoe_titan.run_sizes import data_ranks, microbatch_tokens
 from sonicmoe_titan.toml_config import load_config
 
 RUN = "run.toml"
@@ -63,6 +64,10 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--training.disable_cuda_graphs",
         ),
         ("--hf_assets_path /no/such/place", 'hf_assets_path = "/no/such/place": no such path'),
+        (
+            "--validator.enable --validator.dataloader.dataset_path /no/such",
+            'validator.dataloader.dataset_path = "/no/such": no such path',
+        ),
         ("--checkpoint.initial_load_path /no/such", "checkpoint.initial_load_path"),
         (f"--dump_folder {RUN}/outputs", "run.toml is no folder to write to"),
         (
