@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.distributed.pipelining.schedules import get_schedule_class
 
 from sonicmoe_titan.corpus import LOCAL_CORPORA
 from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
@@ -142,11 +143,21 @@ def _check_model_on_mesh(config: SonicTrainer.Config) -> None:
             "model.tie_embeddings = true does not work with pipeline parallelism (first and last "
             "stage would share a matrix): set it to false"
         )
+    if pp > 1:
+        _check_schedule(p.pipeline_parallel_schedule)
     if pp > model.num_layers:
         raise ValueError(
             f"parallelism.pipeline_parallel_degree = {pp} is more than model.num_layers = "
             f"{model.num_layers}"
         )
+
+
+def _check_schedule(name: str) -> None:
+    try:
+        get_schedule_class(name)
+    except ValueError as error:
+        key = "parallelism.pipeline_parallel_schedule"
+        raise ValueError(f'{key} = "{name}": {error}') from None
 
 
 def _check_batch(config: SonicTrainer.Config, num_processes: int | None) -> None:

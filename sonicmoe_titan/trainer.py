@@ -1,5 +1,6 @@
 """TorchTitan's trainer with a `[model]` table, auxiliary losses and activation accounting."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class SonicTrainer(Trainer):
 
     config: Config  # pyrefly: ignore [bad-override-mutable-attribute]
     model_config: Decoder.Config  # pyrefly: ignore [bad-override-mutable-attribute]
+    _has_stepped = False
 
     def __init__(self, config: Config) -> None:
         prepare_run(config)  # first: a process group would count this time against its timeout
@@ -52,6 +54,20 @@ class SonicTrainer(Trainer):
         set_loss_scale(self.model_parts, 1 / self._forward_passes())
         if config.model.moe == "sonic":  # the memory model knows no other block
             self._account_activations()
+
+    def train(self) -> None:
+        """As stock; says so when the checkpoint was already at the last step."""
+        super().train()
+        if not self._has_stepped:
+            logger.info(
+                f"Nothing to train: the checkpoint is at step {self.step} of "
+                f"{self.config.training.steps} (training.steps)"
+            )
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """As stock."""
+        self._has_stepped = True
+        super().train_step(data_iterator)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor

@@ -15,6 +15,7 @@ WHOLE = {"local_batch_size": 4}
 SINGLE = {"local_batch_size": 1}  # TorchTitan's pipeline microbatch
 HALF = {"local_batch_size": 2}
 ROUNDING = {"router": "token_rounding"}
+DRAWING = ROUNDING | {"rounding": "stochastic"}
 AUX = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.01}
 BIAS = {"load_balance_coeff": 0.05}
 UNTIED = {"tie_embeddings": False}  # TorchTitan's pipelines need it
@@ -56,6 +57,9 @@ ONE: Runs = {
     "rounding": _run(model=ROUNDING, inspect=probes.layer_stats),
     "rounding, compiled, selective": _run(model=ROUNDING, compiled=True, trainer=SELECTIVE),
     "rounding, full": _run(model=ROUNDING, trainer=FULL),
+    "drawing": _run(model=DRAWING),
+    "drawing, selective": _run(model=DRAWING, trainer=SELECTIVE),
+    "drawing, full": _run(model=DRAWING, trainer=FULL),
     "rounding, evaluated": _run(model=ROUNDING, steps=1, inspect=probes.evaluation),
     "plain, evaluated": _run(steps=1, inspect=probes.evaluation),
     "aux": _run(model=AUX, inspect=probes.layer_stats),

@@ -51,6 +51,11 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("--parallelism.pipeline_parallel_degree 2", "model.tie_embeddings = true does not work"),
         (
+            "--parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings "
+            "--parallelism.pipeline_parallel_schedule 1F2B",
+            "Unknown schedule name '1F2B'",
+        ),
+        (
             "--parallelism.pipeline_parallel_degree 8 --model.no-tie_embeddings",
             "is more than model.num_layers = 4",
         ),
