@@ -134,9 +134,11 @@ def _check_model_on_mesh(config: SonicTrainer.Config) -> None:
             f"training.seq_len = {config.training.seq_len}: expected a multiple of {parts} for "
             "this tensor and context parallelism"
         )
-    if p.context_parallel_degree > 1 and model.attention == "varlen":
+    causal = model.attention in ("auto", "sdpa") and p.spmd_backend == "partial_dtensor"
+    if p.context_parallel_degree > 1 and model.attention != "flex" and not causal:
         raise ValueError(
-            'model.attention = "varlen" does not work with context parallelism: use sdpa or flex'
+            f'model.attention = "{model.attention}" does not work with context parallelism here: '
+            'use "flex", or "sdpa" with parallelism.spmd_backend = "partial_dtensor"'
         )
     if pp > 1 and model.tie_embeddings:
         raise ValueError(
@@ -228,6 +230,11 @@ def _check_machine(config: SonicTrainer.Config) -> None:
     if not on_gpu and model.attention in ("flex", "varlen"):
         raise ValueError(
             f'model.attention = "{model.attention}" needs a GPU, there is none: use sdpa or auto'
+        )
+    if not on_gpu and config.parallelism.context_parallel_degree > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree} "
+            "needs GPUs, there is none: its attention has no CPU kernels"
         )
     precision = config.training.mixed_precision_param
     if on_gpu and model.moe == "sonic" and precision != "bfloat16":

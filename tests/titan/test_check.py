@@ -41,12 +41,22 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--training.seq_len 129 --parallelism.tensor_parallel_degree 2", "a multiple of 2"),
         ("--training.seq_len 130 --parallelism.context_parallel_degree 2", "a multiple of 4"),
         ("--lr_scheduler.warmup_steps -1", "warmup_steps = -1: expected 0 or more"),
+        (
+            "--parallelism.context_parallel_degree 2",
+            'model.attention = "auto" does not work with context parallelism here: use "flex"',
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --parallelism.spmd_backend partial_dtensor "
+            "--nproc 2",
+            "context_parallel_degree = 2 needs GPUs",
+        ),
         ("--training.steps -1", "training.steps = -1: expected a number above 0"),
         ("--training.global_batch_size 12 --nproc 1", "expected -1 or a multiple of 8"),
         ("--training.global_batch_size 8 --nproc 2", "multiple of 16"),
         ("--model.rounding_tile 2048", "is more than the 1024 tokens of a microbatch"),
         (
-            "--model.rounding_tile 512 --parallelism.context_parallel_degree 4",
+            "--model.rounding_tile 512 --parallelism.context_parallel_degree 4 "
+            "--model.attention flex",
             "is more than the 256 tokens of a microbatch",
         ),
         ("--parallelism.pipeline_parallel_degree 2", "model.tie_embeddings = true does not work"),
