@@ -13,6 +13,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from sonicmoe_titan.aux_loss import set_loss_scale
+from sonicmoe_titan.data import ShardBatches
 from sonicmoe_titan.memory_fit import (
     describe_activations,
     measure_first_block,
@@ -50,6 +51,7 @@ class SonicTrainer(Trainer):
         utils.get_peak_flops = peak_flops
         super().__init__(config)
         self._check_vocabulary()
+        self._describe_text()
         # the shapes of a run never change, so neither does what one forward pass weighs
         set_loss_scale(self.model_parts, 1 / self._forward_passes())
         if config.model.moe == "sonic":  # the memory model knows no other block
@@ -82,6 +84,17 @@ class SonicTrainer(Trainer):
             raise ValueError(
                 f"model.vocab_size = {self.config.model.vocab_size}: the tokenizer has {entries} "
                 "entries, give at least as many (a multiple of 128 is fastest)"
+            )
+
+    def _describe_text(self) -> None:
+        """Log how much text there is, and the loss that a model must beat to have learnt."""
+        source = getattr(self.dataloader, "source", None)
+        if isinstance(source, ShardBatches):
+            text = source.shard.manifest
+            logger.info(
+                f"Training text: {text['files']:,} documents, {text['tokens']:,} tokens of "
+                f"{text['bytes_per_token']:.2f} bytes; who knows their frequencies alone loses "
+                f"{text['unigram_entropy_nats']:.3f} nats per token"
             )
 
     def _forward_passes(self) -> int:

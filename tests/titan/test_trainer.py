@@ -8,7 +8,23 @@ from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 import sonicmoe_titan  # prepares TorchTitan for the CPU  # noqa: F401
+from sonicmoe_titan.data import ShardBatches
 from sonicmoe_titan.trainer import SonicTrainer
+
+
+def test_log_names_the_loss_of_token_frequencies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    source: Any = ShardBatches.__new__(ShardBatches)
+    manifest = {"files": 3, "tokens": 4000, "bytes_per_token": 2.5, "unigram_entropy_nats": 5.8071}
+    source.shard = SimpleNamespace(manifest=manifest)
+    trainer: Any = SonicTrainer.__new__(SonicTrainer)
+    with caplog.at_level("INFO"):
+        for trainer.dataloader in (SimpleNamespace(), SimpleNamespace(source=source)):
+            trainer._describe_text()
+    (line,) = caplog.messages
+    assert "4,000 tokens of 2.50 bytes" in line and "5.807 nats per token" in line
 
 
 @pytest.mark.parametrize("steps", [0, 1])
