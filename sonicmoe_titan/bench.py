@@ -12,8 +12,9 @@ from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan
 from torch import Tensor
 
-from sonicmoe_titan.check import load_checked, microbatch_tokens
+from sonicmoe_titan.check import load_checked
 from sonicmoe_titan.run_kernels import local_sizes
+from sonicmoe_titan.run_sizes import microbatch_tokens
 from sonicmoe_titan.toml_config import Command
 
 USAGE = "usage: sonicmoe bench CONFIG [--KEY VALUE ...]"

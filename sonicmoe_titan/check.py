@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch.distributed.pipelining.schedules import get_schedule_class
 
 from sonicmoe_titan.corpus import LOCAL_CORPORA
 from sonicmoe_titan.hf_adapter import SonicStateDictAdapter
-from sonicmoe_titan.model_args import parameter_counts
+from sonicmoe_titan.run_sizes import data_ranks, fixed_degree, microbatch_tokens, summary
 from sonicmoe_titan.tokenizer import TextTokenizer
 from sonicmoe_titan.toml_config import Command
 from sonicmoe_titan.trainer import SonicTrainer
@@ -37,20 +38,6 @@ def load_checked(command: Command, *, num_processes: int | None) -> SonicTrainer
     return config
 
 
-def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
-    """A run in one line: model, processes, steps and tokens."""
-    total, active = parameter_counts(config.model)
-    sequences = config.training.global_batch_size
-    if sequences < 0:
-        sequences = config.training.local_batch_size * (data_ranks(config, num_processes) or 1)
-    tokens = sequences * config.training.seq_len
-    machines = f"{num_processes} processes, " if num_processes else ""
-    return (
-        f"{_count(total)} parameters ({_count(active)} active), {config.model.router}, {machines}"
-        f"{config.training.steps} steps of {tokens:,} tokens"
-    )
-
-
 def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None:
     """Raise ValueError on the first thing that would stop the run.
 
@@ -73,40 +60,6 @@ def check_run(config: SonicTrainer.Config, *, num_processes: int | None) -> None
         _check_machine(config)
 
 
-def data_ranks(config: SonicTrainer.Config, num_processes: int | None) -> int | None:
-    """Ranks that read different data, or None when that depends on the number of processes."""
-    p = config.parallelism
-    shard = p.data_parallel_shard_degree
-    if shard < 0:
-        if num_processes is None:
-            return None
-        shard = num_processes // _fixed_degree(config)
-    return p.data_parallel_replicate_degree * shard
-
-
-def microbatch_tokens(config: SonicTrainer.Config) -> int:
-    """Tokens T that one MoE block routes at a time on one rank."""
-    p, training = config.parallelism, config.training
-    sequences = training.local_batch_size
-    if p.pipeline_parallel_degree > 1:
-        sequences = p.pipeline_parallel_microbatch_size
-    tokens = sequences * training.seq_len // p.context_parallel_degree
-    if p.expert_parallel_degree > 1 and p.enable_sequence_parallel:
-        tokens //= p.tensor_parallel_degree  # the block's tokens stay sharded over TP
-    return tokens
-
-
-def _fixed_degree(config: SonicTrainer.Config) -> int:
-    """Product of the degrees that cannot be negative."""
-    p = config.parallelism
-    return (
-        p.data_parallel_replicate_degree
-        * p.context_parallel_degree
-        * p.tensor_parallel_degree
-        * p.pipeline_parallel_degree
-    )
-
-
 def _check_numbers(config: SonicTrainer.Config) -> None:
     for table, keys in {
         "training": ("local_batch_size", "seq_len", "steps", "max_norm", "gc_freq"),
@@ -122,6 +75,9 @@ def _check_numbers(config: SonicTrainer.Config) -> None:
             value = getattr(getattr(config, table), key)
             if value <= 0:
                 raise ValueError(f"{table}.{key} = {value}: expected a number above 0")
+    warmup = config.lr_scheduler.warmup_steps
+    if warmup < 0:
+        raise ValueError(f"lr_scheduler.warmup_steps = {warmup}: expected 0 or more")
     shard = config.parallelism.data_parallel_shard_degree
     if shard == 0 or shard < -1:
         raise ValueError(
@@ -132,7 +88,7 @@ def _check_numbers(config: SonicTrainer.Config) -> None:
 
 def _check_mesh(config: SonicTrainer.Config, num_processes: int | None) -> None:
     p = config.parallelism
-    fixed, shard = _fixed_degree(config), p.data_parallel_shard_degree
+    fixed, shard = fixed_degree(config), p.data_parallel_shard_degree
     if num_processes is None:
         return
     if shard < 0 and num_processes % fixed:
@@ -178,20 +134,32 @@ def _check_model_on_mesh(config: SonicTrainer.Config) -> None:
             f"training.seq_len = {config.training.seq_len}: expected a multiple of {parts} for "
             "this tensor and context parallelism"
         )
-    if p.context_parallel_degree > 1 and model.attention == "varlen":
+    causal = model.attention in ("auto", "sdpa") and p.spmd_backend == "partial_dtensor"
+    if p.context_parallel_degree > 1 and model.attention != "flex" and not causal:
         raise ValueError(
-            'model.attention = "varlen" does not work with context parallelism: use sdpa or flex'
+            f'model.attention = "{model.attention}" does not work with context parallelism here: '
+            'use "flex", or "sdpa" with parallelism.spmd_backend = "partial_dtensor"'
         )
     if pp > 1 and model.tie_embeddings:
         raise ValueError(
             "model.tie_embeddings = true does not work with pipeline parallelism (first and last "
             "stage would share a matrix): set it to false"
         )
+    if pp > 1:
+        _check_schedule(p.pipeline_parallel_schedule)
     if pp > model.num_layers:
         raise ValueError(
             f"parallelism.pipeline_parallel_degree = {pp} is more than model.num_layers = "
             f"{model.num_layers}"
         )
+
+
+def _check_schedule(name: str) -> None:
+    try:
+        get_schedule_class(name)
+    except ValueError as error:
+        key = "parallelism.pipeline_parallel_schedule"
+        raise ValueError(f'{key} = "{name}": {error}') from None
 
 
 def _check_batch(config: SonicTrainer.Config, num_processes: int | None) -> None:
@@ -241,6 +209,9 @@ def _check_paths(config: SonicTrainer.Config) -> None:
         "dataloader.dataset_path": config.dataloader.dataset_path,
         "checkpoint.initial_load_path": config.checkpoint.initial_load_path,
     }
+    if config.validator.enable:
+        # pyrefly: ignore[missing-attribute]
+        paths["validator.dataloader.dataset_path"] = config.validator.dataloader.dataset_path
     for key, path in paths.items():
         if path and "://" not in path and not Path(path).exists():
             raise ValueError(f'{key} = "{path}": no such path')
@@ -260,6 +231,17 @@ def _check_machine(config: SonicTrainer.Config) -> None:
         raise ValueError(
             f'model.attention = "{model.attention}" needs a GPU, there is none: use sdpa or auto'
         )
+    if not on_gpu and config.parallelism.context_parallel_degree > 1:
+        raise ValueError(
+            f"parallelism.context_parallel_degree = {config.parallelism.context_parallel_degree} "
+            "needs GPUs, there is none: its attention has no CPU kernels"
+        )
+    precision = config.training.mixed_precision_param
+    if on_gpu and model.moe == "sonic" and precision != "bfloat16":
+        raise ValueError(
+            f'training.mixed_precision_param = "{precision}": the experts on a GPU multiply in '
+            'bfloat16 (parameters and sums stay in training.dtype): set it to "bfloat16"'
+        )
     if model.backend == "hopper":
         device = torch.device("cuda" if on_gpu else "cpu")
         width = model.expert_dim
@@ -275,7 +257,3 @@ def _check_machine(config: SonicTrainer.Config) -> None:
             'compile.backend = "inductor" needs a C++ compiler, there is none: install one, or use '
             '"aot_eager"'
         )
-
-
-def _count(parameters: int) -> str:
-    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

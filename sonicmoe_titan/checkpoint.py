@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
 from torchtitan.components.checkpoint import (
     DATALOADER,
+    OPTIMIZER,
     TRAIN_STATE,
     AsyncMode,
     CheckpointManager,
@@ -188,7 +189,8 @@ def _loadable(state_dict: dict[str, Any], checkpoint: str) -> dict[str, Any]:
         )
     there = metadata.state_dict_metadata
     loadable = dict(state_dict)
-    for group, value in state_dict.items():
+    # a parameter says more than its moments do: what is missing is named by the parameter
+    for group, value in sorted(state_dict.items(), key=lambda item: item[0] == OPTIMIZER):
         entries = value.state_dict() if isinstance(value, Stateful) else value
         if group == DATALOADER:
             _check_degree(entries, there, checkpoint)

@@ -1,9 +1,11 @@
 """The `sonicmoe` command: one line per subcommand, each in a module of its own."""
 
 import importlib
+import signal
 import sys
 
 from sonicmoe_titan.config_tree import ConfigError, nearest
+from sonicmoe_titan.stopping import STOPPED_EXIT_CODE
 
 COMMANDS = {
     "train": ("sonicmoe_titan.launch:main", "[CONFIG] [--KEY VALUE ...]  check, then train here"),
@@ -17,7 +19,13 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of the `sonicmoe` console script; exits with the subcommand's code."""
-    sys.exit(run(sys.argv[1:]))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see the package's __init__
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(STOPPED_EXIT_CODE)
 
 
 def run(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ command line argument. Tables are plain dicts.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -62,6 +63,8 @@ def assign(config: Any, table: Table, *, prefix: str = "") -> Any:
             changes[key] = assign(current, given, prefix=f"{name}.")
         else:
             if isinstance(given, dict):
+                if KIND in given:  # `--table.key.more` below a key that has a value already
+                    raise _error(name, given[KIND], "a value, which has no keys of its own")
                 given = _plain(given)
             changes[key] = convert(given, annotation, name)
     try:
@@ -90,9 +93,11 @@ def convert(given: Given, annotation: Any, name: str) -> Any:
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     try:
-        if given.is_text:
-            return _from_text(given.value, annotation)
-        return _from_toml(given.value, annotation)
+        read = _from_text if given.is_text else _from_toml
+        value = read(given.value, annotation)
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError("expected a number")
+        return value
     except (ValueError, TypeError) as error:
         raise _error(name, given, str(error)) from None
 

@@ -8,6 +8,7 @@ in the machine nothing here is touched.
 import os
 import resource
 import sys
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -37,6 +38,8 @@ def prepare_cpu() -> None:
         if not hasattr(torch.cpu, function.__name__):
             setattr(torch.cpu, function.__name__, function)
     _correct_imported_modules()
+    # FSDP on gloo says so at every start; `parallelize_decoder` draws each shard by itself
+    warnings.filterwarnings("ignore", r"DTensor (random operators|manual_seed\(\)) may not have")
 
 
 def get_device_name(device: object = None) -> str:
@@ -72,3 +75,6 @@ def _correct_imported_modules() -> None:
             module.device_type = "cpu"  # pyrefly: ignore [missing-attribute]
             if hasattr(module, "device_module"):
                 module.device_module = torch.cpu  # pyrefly: ignore [missing-attribute]
+            if hasattr(module, "_get_available_device_type"):
+                # pyrefly: ignore [missing-attribute]
+                module._get_available_device_type = torch._utils._get_available_device_type

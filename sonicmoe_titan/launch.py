@@ -12,8 +12,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from sonicmoe_titan import check
 from sonicmoe_titan.config_registry import CONFIGS
+from sonicmoe_titan.run_sizes import summary
 from sonicmoe_titan.stopping import STOPPED_EXIT_CODE, USERS_ERROR
-from sonicmoe_titan.toml_config import Command
+from sonicmoe_titan.toml_config import Command, above_zero
 
 USAGE = "usage: sonicmoe train [CONFIG] [--nproc PROCESSES] [--KEY VALUE ...]"
 DEFAULT_CONFIG = CONFIGS / "debug.toml"
@@ -30,13 +31,15 @@ def main(argv: list[str]) -> int:
         torchrun's exit code; ConfigError before anything starts on a run that is not valid.
     """
     command = Command.parse(argv, usage=USAGE, default=_relative(DEFAULT_CONFIG))
-    processes = command.num_processes or int(os.environ.get("NPROC", "0"))
+    processes = command.num_processes
+    if processes is None and (given := os.environ.get("NPROC")):
+        processes = above_zero(given, "environment: NPROC")
     processes = processes or torch.cuda.device_count() or 1
     config = check.load_checked(command, num_processes=processes)
     if command.print_config:
         print(command.resolved(config), end="")
         return 0
-    print(f"{command.config_file}: ok: {check.summary(config, processes)}", flush=True)
+    print(f"{command.config_file}: ok: {summary(config, processes)}", flush=True)
     arguments = [
         f"--nproc_per_node={processes}",
         "--rdzv_backend=c10d",
@@ -45,9 +48,9 @@ def main(argv: list[str]) -> int:
         *("-m", "sonicmoe_titan.train"),
         *("--job.config_file", command.config_file, *command.overrides),
     ]
-    # its warnings about a signal say nothing that the processes do not say themselves
+    # its lines about a signal or an exit code say nothing that the processes or we do not say
     for name in ("agent.server.api", "multiprocessing.api"):  # torch gives the first its own level
-        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.ERROR)
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     try:
         torchrun.run(torchrun.get_args_parser().parse_args(arguments))
     except ChildFailedError as error:

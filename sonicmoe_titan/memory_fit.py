@@ -220,8 +220,9 @@ def describe_activations(config: SonicTrainer.Config, *, num_gpus: int) -> str:
     layout = layout_of(config, num_gpus=num_gpus)
     ours, *_, stock = peers(_shape_here(config, layout))
     kept = predicted_activation_bytes(config, num_gpus=num_gpus)
+    bound = "at most " if layout.tensor > 1 else ""  # it divides some of them, see `rank_items`
     return (
-        f"Activations that this rank keeps, predicted: {kept / GIB:.3f} GiB "
+        f"Activations that this rank keeps, predicted: {bound}{kept / GIB:.3f} GiB "
         f"({tokens_of(config, layout):,} tokens, {config.model.num_layers} layers, activation "
         f"checkpointing {checkpointing_of(config)}); the experts of one layer "
         f"{ours.bytes / MIB:.1f} MiB, where stock TorchTitan would keep {stock.bytes / MIB:.1f} MiB"
@@ -233,9 +234,12 @@ def measure_first_block(
 ) -> None:
     """Have the first MoE block's first forward pass log what it keeps beside the prediction.
 
-    A checkpointed or compiled block keeps something else, so there nothing is measured.
+    A checkpointed or compiled block keeps something else, and of a tensor-parallel one the model
+    knows only that it keeps no more: there nothing is measured.
     """
     if config.activation_checkpoint is not None or config.compile.enable:
+        return
+    if config.parallelism.tensor_parallel_degree > 1:
         return
     first_block = next(model_parts[0].get_submodule("layers").children())
     predicted = total(moe_terms(_shape_here(config, layout_of(config, num_gpus=num_gpus))))

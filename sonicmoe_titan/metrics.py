@@ -6,6 +6,8 @@ is on, to `metrics.jsonl` in the dump folder, from which `sonicmoe report` draws
 
 from __future__ import annotations
 
+import functools
+import math
 import netrc
 import os
 import time
@@ -34,6 +36,7 @@ from sonicmoe_titan.throughput import Throughput
 
 WANDB_PROJECT = "sonicmoe-titan"
 WANDB_HOST = "api.wandb.ai"
+A100_PEAK_FLOPS = 312e12
 GIB = 2**30
 
 
@@ -84,7 +87,9 @@ class SonicMetrics(MetricsProcessor):
             _prepare_wandb()
         self._is_reporter = False
         self._steps_begun = 0
+        self._has_logged = False
         self._folder = Path(dump_folder)
+        self._device_name = utils.device_module.get_device_name()
         super().__init__(config, dump_folder=dump_folder, config_dict=config_dict, **kwargs)
         run = config_dict or {}
         self.throughput = Throughput(
@@ -107,20 +112,18 @@ class SonicMetrics(MetricsProcessor):
         stock = super()._build_metric_logger(
             dump_folder=dump_folder, pp_schedule=pp_schedule, config_dict=config_dict, **kwargs
         )
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        self._is_reporter = rank == _get_metrics_rank(
-            parallel_dims=parallel_dims, pp_schedule=pp_schedule
-        )
+        # Of a pipeline TorchTitan lets the rank speak that has the loss; a launcher shows rank 0.
+        self._is_reporter = not dist.is_initialized() or dist.get_rank() == 0
+        self._loss_rank = _get_metrics_rank(parallel_dims=parallel_dims, pp_schedule=pp_schedule)
         if not self._is_reporter:
             return stock
         loggers = stock if isinstance(stock, LoggerContainer) else LoggerContainer()
-        device_name = utils.device_module.get_device_name()
-        on_cpu = utils.device_type == "cpu"
+        peak = known_peak_flops(self._device_name)
         header = run_header(
             config_dict or {},
-            device_name=device_name,
+            device_name=self._device_name,
             num_devices=dist.get_world_size() if dist.is_initialized() else 1,
-            peak_tflops=None if on_cpu else utils.get_peak_flops(device_name) / 1e12,
+            peak_tflops=None if peak is None else peak / 1e12,
         )
         loggers.add_logger(RunLog(self._folder, header))
         return loggers
@@ -143,6 +146,7 @@ class SonicMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Log a training step; see TorchTitan's `MetricsProcessor.log` for the arguments."""
+        global_avg_loss, global_max_loss = self.of_last_stage(global_avg_loss, global_max_loss)
         extra = {**(extra_metrics or {}), **self._throughput_metrics(step)}
         routing = self._routing_metrics(step)
         if self.activation_bytes is not None:
@@ -150,14 +154,27 @@ class SonicMetrics(MetricsProcessor):
         super().log(
             step, global_avg_loss, global_max_loss, grad_norm, extra_metrics={**extra, **routing}
         )
+        self._has_logged = True
         if self._is_reporter:
             line = _console_line({**extra, **routing}, self.throughput.eta_s)
             if line:
                 logger.info(f"{self.color.cyan}{line}{self.color.reset}")
 
+    def of_last_stage(self, *losses: float) -> list[float]:
+        """What the losses are on the last stage of a pipeline, which alone knows; collective."""
+        if not self.parallel_dims.pp_enabled:
+            return list(losses)
+        known = torch.tensor(losses, dtype=torch.float64, device=utils.device_type)
+        dist.broadcast(known, src=self._loss_rank)
+        return known.tolist()
+
     def close(self) -> None:
-        """Write the run's table and figures if asked, and end the loggers."""
-        if self._is_reporter and self.config.report:
+        """Write the run's table and figures if asked, and end the loggers.
+
+        A process that logged no step, such as one whose checkpoint was refused, has no run to
+        report: what lies in the folder is an earlier one's.
+        """
+        if self._is_reporter and self._has_logged and self.config.report:
             try:
                 self._report()
             except Exception as error:  # a figure must not fail a finished run
@@ -199,8 +216,8 @@ class SonicMetrics(MetricsProcessor):
 
     @property
     def knows_peak_flops(self) -> bool:
-        """Whether MFU means anything: not on a CPU, nor with quantised arithmetic."""
-        return utils.device_type != "cpu" and not self.has_quantization
+        """Whether MFU means anything: not with quantised arithmetic."""
+        return not self.has_quantization and known_peak_flops(self._device_name) is not None
 
     def _routing_metrics(self, step: int) -> dict[str, float]:
         device = torch.device(utils.device_type)
@@ -214,6 +231,25 @@ class SonicMetrics(MetricsProcessor):
         if self.config.per_layer:
             return metrics
         return {name: value for name, value in metrics.items() if name.startswith("moe/")}
+
+
+def peak_flops(device_name: str) -> float:
+    """As TorchTitan's, which takes an A100's for a CPU too; against infinity its MFU is 0."""
+    return math.inf if device_name == "cpu" else _stock_peak_flops(device_name)
+
+
+_stock_peak_flops = utils.get_peak_flops  # the trainer puts ours in its place
+
+
+@functools.cache
+def known_peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of one device; None for a CPU or a GPU that TorchTitan does not know.
+
+    TorchTitan takes an A100's peak for those: a number that looks like an MFU and is none.
+    """
+    peak = peak_flops(device_name)
+    assumed = peak == A100_PEAK_FLOPS and "A100" not in device_name
+    return None if assumed or math.isinf(peak) else peak
 
 
 def _console_line(metrics: Mapping[str, float], eta_s: float | None) -> str:

@@ -1,8 +1,8 @@
 """The plain record of a run: `metrics.jsonl` in its dump folder, one JSON object a line.
 
 A process begins with a header, {"run": {...}}; every logged record is {"step": ..., "time": ...,
-name: number, ...}, with the names that Weights & Biases and TensorBoard show. A resumed run
-appends; where steps repeat, the later record counts.
+name: number, ...}, with the names that Weights & Biases and TensorBoard show. Another process with
+the same dump folder appends: a resumed run goes on, and one that begins anew replaces what was.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Run:
     Attributes:
         name: the dump folder's name.
         folder: the dump folder.
-        header: of the last process that wrote to it.
+        header: of the last process that logged a step to it.
         training: a record per logged training step, by ascending step.
         validation: a record per validation, by ascending step.
         load_LE: rows per layer and expert in the last logged window; None if none was logged.
@@ -118,6 +118,7 @@ def read_run(folder: str | Path) -> Run:
     if not path.is_file():
         raise ConfigError(f"{folder}: no {METRICS_FILE} there; give the dump folder of a run")
     header: Record = {}
+    begun: Record | None = None  # the header of a process that has not logged a step yet
     training: dict[int, Record] = {}
     validation: dict[int, Record] = {}
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -129,8 +130,13 @@ def read_run(folder: str | Path) -> Run:
                 break  # a run killed while it wrote
             raise ConfigError(f"{path}:{number}: not a line of JSON") from None
         if "run" in record:
-            header = record["run"]
+            begun = record["run"]
         elif "step" in record:
+            if begun is not None:  # the steps from here on are of a run that was given up
+                header, begun = begun, None
+                for records in (training, validation):
+                    for step in [step for step in records if step >= record["step"]]:
+                        del records[step]
             kind = validation if VALIDATION_LOSS in record else training
             kind[record["step"]] = record
     if not training:

@@ -8,6 +8,7 @@ router = "topk"
 steps = 20
 """
 
+import difflib
 import logging
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from sonicmoe_titan.trainer import SonicTrainer
 
 COMMAND_LINE = "command line"
 JOB = "job"
+KEYS = """Every key of the configuration can follow: --table.key VALUE or --table.key=VALUE, and for
+true and false --table.key and --table.no-key. --print-config shows all keys with their values."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,16 @@ class Command:
         """Read `argv`; ConfigError with `usage` when it names no configuration file."""
         rest = list(argv)
         if "--help" in rest or "-h" in rest:
-            print(usage)
+            print(f"{usage}\n\n{KEYS}")
             raise SystemExit(0)
         positional = rest.pop(0) if rest and not rest[0].startswith("-") else None
         config_file = pop_option(rest, "--job.config_file", usage) or positional or default
         if config_file is None:
             raise ConfigError(f"{COMMAND_LINE}: which configuration? {usage}")
         processes = pop_option(rest, "--nproc", usage)
-        if processes is not None and not processes.isdecimal():
-            raise ConfigError(f"{COMMAND_LINE}: --nproc = {processes!r}: expected a number")
         print_config = "--print-config" in rest
         overrides = tuple(argument for argument in rest if argument != "--print-config")
-        number = None if processes is None else int(processes)
+        number = None if processes is None else above_zero(processes, f"{COMMAND_LINE}: --nproc")
         return Command(config_file, overrides, print_config, number)
 
     def load(self) -> SonicTrainer.Config:
@@ -82,6 +83,13 @@ def pop_option(arguments: list[str], name: str, usage: str) -> str | None:
             text = arguments.pop(at)
         value = text
     return value
+
+
+def above_zero(text: str, name: str) -> int:
+    """The whole number that `text` writes; ConfigError naming `name` if it is none above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{name} = {text!r}: expected a number above 0")
+    return int(text)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SonicTrainer.Config:
@@ -119,9 +127,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Given]]:
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or argument == "--":
-            raise ConfigError(
-                f"{COMMAND_LINE}: {argument}: expected --table.key value or --table.key=value"
-            )
+            expected = "expected --table.key value or --table.key=value"
+            if argument.endswith(".toml"):
+                expected += "; the configuration comes first"
+            raise ConfigError(f"{COMMAND_LINE}: {argument}: {expected}")
         key, equals, text = argument[2:].partition("=")
         key = key.replace("-", "_")
         value: str | None = text if equals else None
@@ -138,8 +147,7 @@ def _read_toml(path: Path) -> Table:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        siblings = [file.name for file in path.parent.glob("*.toml")]
-        raise ConfigError(f"{path}: no such file{nearest(path.name, siblings)}") from None
+        raise ConfigError(f"{path}: no such file{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     try:
@@ -147,6 +155,27 @@ def _read_toml(path: Path) -> Table:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     return _with_source(document, str(path))
+
+
+def _nearest_file(path: Path) -> str:
+    """`; did you mean X?`: this name with its suffix or among the runs, or a name like it."""
+    name = path.name if path.suffix == ".toml" else f"{path.name}.toml"
+    for there in (path.with_name(name), config_registry.CONFIGS / name):
+        if there.is_file():
+            return f"; did you mean {_shown(there)}?"
+    files = {file.name: file for file in (*_tomls(config_registry.CONFIGS), *_tomls(path.parent))}
+    near = difflib.get_close_matches(name, files, n=1)
+    return f"; did you mean {_shown(files[near[0]])}?" if near else ""
+
+
+def _tomls(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.toml"))
+
+
+def _shown(path: Path) -> str:
+    """As short as it can be written from here."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _with_source(table: Table, source: str) -> Table:
@@ -168,7 +197,9 @@ def _merge(table: Table, key: str, given: Given) -> None:
     table[last] = given
 
 
-def _recipe(job: Table, path: str) -> SonicTrainer.Config:
+def _recipe(job: Table | Given, path: str) -> SonicTrainer.Config:
+    if isinstance(job, Given):
+        raise ConfigError(f"{job.source}: {JOB} = {job.value!r}: expected a table with recipe")
     for key, given in job.items():
         if key != "recipe":
             source = given.source if isinstance(given, Given) else path
@@ -179,6 +210,8 @@ def _recipe(job: Table, path: str) -> SonicTrainer.Config:
     given = job.get("recipe")
     if given is None:
         raise ConfigError(f'{path}: [job] recipe = "..." is missing; {one_of(known)}')
+    if not isinstance(given, Given):
+        raise ConfigError(f"{path}: [{JOB}.recipe]: expected a name; {one_of(known)}")
     if given.value not in known:
         near = nearest(str(given.value), known)
         raise ConfigError(

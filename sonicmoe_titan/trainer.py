@@ -1,5 +1,6 @@
 """TorchTitan's trainer with a `[model]` table, auxiliary losses and activation accounting."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,16 +8,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.models.common.decoder import Decoder
+from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
 from sonicmoe_titan.aux_loss import set_loss_scale
+from sonicmoe_titan.data import ShardBatches
 from sonicmoe_titan.memory_fit import (
     describe_activations,
     measure_first_block,
     predicted_activation_bytes,
 )
-from sonicmoe_titan.metrics import SonicMetrics
+from sonicmoe_titan.metrics import SonicMetrics, peak_flops
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
 from sonicmoe_titan.run_kernels import prepare_run
@@ -41,15 +44,32 @@ class SonicTrainer(Trainer):
 
     config: Config  # pyrefly: ignore [bad-override-mutable-attribute]
     model_config: Decoder.Config  # pyrefly: ignore [bad-override-mutable-attribute]
+    _has_stepped = False
 
     def __init__(self, config: Config) -> None:
         prepare_run(config)  # first: a process group would count this time against its timeout
+        utils.get_peak_flops = peak_flops
         super().__init__(config)
         self._check_vocabulary()
+        self._describe_text()
         # the shapes of a run never change, so neither does what one forward pass weighs
         set_loss_scale(self.model_parts, 1 / self._forward_passes())
         if config.model.moe == "sonic":  # the memory model knows no other block
             self._account_activations()
+
+    def train(self) -> None:
+        """As stock; says so when the checkpoint was already at the last step."""
+        super().train()
+        if not self._has_stepped:
+            logger.info(
+                f"Nothing to train: the checkpoint is at step {self.step} of "
+                f"{self.config.training.steps} (training.steps)"
+            )
+
+    def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
+        """As stock."""
+        self._has_stepped = True
+        super().train_step(data_iterator)
 
     def post_dataloading_process(
         self, input_dict: dict[str, Tensor], labels: Tensor
@@ -64,6 +84,17 @@ class SonicTrainer(Trainer):
             raise ValueError(
                 f"model.vocab_size = {self.config.model.vocab_size}: the tokenizer has {entries} "
                 "entries, give at least as many (a multiple of 128 is fastest)"
+            )
+
+    def _describe_text(self) -> None:
+        """Log how much text there is, and the loss that a model must beat to have learnt."""
+        source = getattr(self.dataloader, "source", None)
+        if isinstance(source, ShardBatches):
+            text = source.shard.manifest
+            logger.info(
+                f"Training text: {text['files']:,} documents, {text['tokens']:,} tokens of "
+                f"{text['bytes_per_token']:.2f} bytes; who knows their frequencies alone loses "
+                f"{text['unigram_entropy_nats']:.3f} nats per token"
             )
 
     def _forward_passes(self) -> int:

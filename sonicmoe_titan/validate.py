@@ -20,6 +20,7 @@ from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
 from sonicmoe_titan.data import Batch, TextDataLoader
+from sonicmoe_titan.metrics import SonicMetrics
 from sonicmoe_titan.model import with_sequence_positions
 from sonicmoe_titan.tokenizer import TextTokenizer
 
@@ -133,6 +134,8 @@ class _Log:
         self.started = time.perf_counter()
 
     def log_validation(self, loss: float, step: int) -> None:
+        if isinstance(self.metrics, SonicMetrics):
+            (loss,) = self.metrics.of_last_stage(loss)
         extra = {"validation_metrics/perplexity": math.exp(min(loss, MAX_LOSS_NATS))}
         if math.isfinite(self.tokens_per_byte):
             bits_per_token = loss / math.log(2)

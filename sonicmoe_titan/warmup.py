@@ -8,7 +8,7 @@ from sonicmoe_kernels.warmup import check_arch, warm_up
 from sonicmoe_titan.check import load_checked
 from sonicmoe_titan.config_tree import ConfigError
 from sonicmoe_titan.run_kernels import run_specs, why_nothing_to_compile
-from sonicmoe_titan.toml_config import COMMAND_LINE, Command, pop_option
+from sonicmoe_titan.toml_config import COMMAND_LINE, Command, above_zero, pop_option
 
 USAGE = "usage: sonicmoe warmup CONFIG [--arch sm_90a] [--jobs PROCESSES] [--KEY VALUE ...]"
 
@@ -25,15 +25,14 @@ def main(argv: list[str]) -> int:
     rest = list(argv)
     arch = pop_option(rest, "--arch", USAGE) or ARCH
     jobs = pop_option(rest, "--jobs", USAGE)
-    if jobs is not None and (not jobs.isdecimal() or int(jobs) < 1):
-        raise ConfigError(f"{COMMAND_LINE}: --jobs = {jobs!r}: expected a number above 0")
+    processes = None if jobs is None else above_zero(jobs, f"{COMMAND_LINE}: --jobs")
     config = load_checked(Command.parse(rest, usage=USAGE), num_processes=None)
     try:
         check_arch(arch)
         if reason := why_nothing_to_compile(config):
             print(f"nothing to compile: {reason}")
             return 0
-        warm_up(run_specs(config), jobs=None if jobs is None else int(jobs), arch=arch)
+        warm_up(run_specs(config), jobs=processes, arch=arch)
     except ValueError as error:
         raise ConfigError(f"{COMMAND_LINE}: {error}") from None
     except RuntimeError as error:

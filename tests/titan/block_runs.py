@@ -7,7 +7,7 @@ from typing import Any
 from torchtitan.config import OverrideConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
-from tests.titan import aux_loss_ranks, expert_parallel_ranks, probes
+from tests.titan import aux_loss_ranks, expert_parallel_ranks, probes, stock_models
 from tests.titan.distributed import Run, launch
 
 # Every layout gets four sequences a step, in whatever shares.
@@ -15,6 +15,7 @@ WHOLE = {"local_batch_size": 4}
 SINGLE = {"local_batch_size": 1}  # TorchTitan's pipeline microbatch
 HALF = {"local_batch_size": 2}
 ROUNDING = {"router": "token_rounding"}
+DRAWING = ROUNDING | {"rounding": "stochastic"}
 AUX = {"aux_loss_coeff": 0.1, "z_loss_coeff": 0.01}
 BIAS = {"load_balance_coeff": 0.05}
 UNTIED = {"tie_embeddings": False}  # TorchTitan's pipelines need it
@@ -56,11 +57,15 @@ ONE: Runs = {
     "rounding": _run(model=ROUNDING, inspect=probes.layer_stats),
     "rounding, compiled, selective": _run(model=ROUNDING, compiled=True, trainer=SELECTIVE),
     "rounding, full": _run(model=ROUNDING, trainer=FULL),
+    "drawing": _run(model=DRAWING),
+    "drawing, selective": _run(model=DRAWING, trainer=SELECTIVE),
+    "drawing, full": _run(model=DRAWING, trainer=FULL),
     "rounding, evaluated": _run(model=ROUNDING, steps=1, inspect=probes.evaluation),
     "plain, evaluated": _run(steps=1, inspect=probes.evaluation),
     "aux": _run(model=AUX, inspect=probes.layer_stats),
     "aux, full": _run(model=AUX, trainer=FULL),
     "aux, accumulated": _run(model=AUX | UNTIED, training=SINGLE | {"global_batch_size": 4}),
+    **stock_models.FUNCTIONS,
 }
 TWO: Runs = {
     "fsdp": _run(whole=False),

@@ -254,7 +254,7 @@ def train(run: Run) -> Result:
     )
     experts_forward = GroupedExperts.forward
     if run.float32:
-        GroupedExperts.forward = _without_bfloat16(experts_forward)
+        GroupedExperts.forward = without_bfloat16(experts_forward)
     torch._dynamo.reset()
     # equal meshes of two runs are different objects, and DTensor's cache hands out the older one
     _clear_sharding_prop_cache()
@@ -291,7 +291,7 @@ def to_stock(cfg: SonicMoE.Config) -> MoE.Config:
     )
 
 
-def _without_bfloat16(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def without_bfloat16(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Stock's experts without their casts: `Tensor.bfloat16` is the identity while they run."""
 
     def patched(*args: Any, **kwargs: Any) -> torch.Tensor:

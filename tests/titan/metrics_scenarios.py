@@ -1,6 +1,7 @@
 """What the tests of the metrics run on two ranks."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan, route_topk, token_rounding_plan
 from torch import Tensor, nn
+from torchtitan.tools.logging import logger
 
 from sonicmoe_titan.expert_parallel import expert_parallel
 from sonicmoe_titan.memory_measure import SavedTensors
@@ -39,9 +41,46 @@ def model_with_stats(layer_ids: list[int], *, seed: int) -> nn.Module:
 
 def gather_and_train(
     folder: Path,
-) -> tuple[tuple[Gathered, Gathered, float], tuple[str, int], dict[str, tuple[int, int, int]]]:
+) -> tuple[
+    tuple[Gathered, Gathered, float],
+    tuple[str, int],
+    dict[str, tuple[int, int, int]],
+    tuple[str, list[str]],
+]:
     """All scenarios in one start of the ranks."""
-    return _gather_replicated_and_staged(), _train_with_metrics(folder), _keep_under_ep()
+    return (
+        _gather_replicated_and_staged(),
+        _train_with_metrics(folder),
+        _keep_under_ep(),
+        _train_a_pipeline(folder),
+    )
+
+
+def _train_a_pipeline(folder: Path) -> tuple[str, list[str]]:
+    """The dump folder of a run in two stages, and this rank's lines about losses."""
+    run = tiny.config(
+        folder / "pipeline",
+        model={"tie_embeddings": False},
+        training={"steps": 2},
+        parallelism={"pipeline_parallel_degree": 2},
+        metrics=SonicMetrics.Config(log_freq=1, report=False, disable_color_printing=True),
+    )
+    run.validator.enable, run.validator.freq, run.validator.steps = True, 2, 1
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        trainer = run.build()
+        trainer.train()
+        trainer.close()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    told = ("step:", "validate step:", "held out:")
+    return run.dump_folder, [line for line in lines if line.startswith(told)]
 
 
 def _keep_under_ep() -> dict[str, tuple[int, int, int]]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from sonicmoe_titan import check, cli
-from sonicmoe_titan.check import check_run, data_ranks, microbatch_tokens
+from sonicmoe_titan.check import check_run
+from sonicmoe_titan.run_sizes import data_ranks, microbatch_tokens
 from sonicmoe_titan.toml_config import load_config
 
 RUN = "run.toml"
@@ -39,15 +40,31 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("--parallelism.context_parallel_degree 0", "expected a number above 0"),
         ("--training.seq_len 129 --parallelism.tensor_parallel_degree 2", "a multiple of 2"),
         ("--training.seq_len 130 --parallelism.context_parallel_degree 2", "a multiple of 4"),
+        ("--lr_scheduler.warmup_steps -1", "warmup_steps = -1: expected 0 or more"),
+        (
+            "--parallelism.context_parallel_degree 2",
+            'model.attention = "auto" does not work with context parallelism here: use "flex"',
+        ),
+        (
+            "--parallelism.context_parallel_degree 2 --parallelism.spmd_backend partial_dtensor "
+            "--nproc 2",
+            "context_parallel_degree = 2 needs GPUs",
+        ),
         ("--training.steps -1", "training.steps = -1: expected a number above 0"),
         ("--training.global_batch_size 12 --nproc 1", "expected -1 or a multiple of 8"),
         ("--training.global_batch_size 8 --nproc 2", "multiple of 16"),
         ("--model.rounding_tile 2048", "is more than the 1024 tokens of a microbatch"),
         (
-            "--model.rounding_tile 512 --parallelism.context_parallel_degree 4",
+            "--model.rounding_tile 512 --parallelism.context_parallel_degree 4 "
+            "--model.attention flex",
             "is more than the 256 tokens of a microbatch",
         ),
         ("--parallelism.pipeline_parallel_degree 2", "model.tie_embeddings = true does not work"),
+        (
+            "--parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings "
+            "--parallelism.pipeline_parallel_schedule 1F2B",
+            "Unknown schedule name '1F2B'",
+        ),
         (
             "--parallelism.pipeline_parallel_degree 8 --model.no-tie_embeddings",
             "is more than model.num_layers = 4",
@@ -62,6 +79,10 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--training.disable_cuda_graphs",
         ),
         ("--hf_assets_path /no/such/place", 'hf_assets_path = "/no/such/place": no such path'),
+        (
+            "--validator.enable --validator.dataloader.dataset_path /no/such",
+            'validator.dataloader.dataset_path = "/no/such": no such path',
+        ),
         ("--checkpoint.initial_load_path /no/such", "checkpoint.initial_load_path"),
         (f"--dump_folder {RUN}/outputs", "run.toml is no folder to write to"),
         (
@@ -97,7 +118,8 @@ def test_impossible_run_is_refused_in_one_line(
         "--nproc 2 --parallelism.expert_parallel_degree 2",
         "--nproc 4 --parallelism.expert_parallel_degree 4 --parallelism.tensor_parallel_degree 2",
         "--nproc 4 --parallelism.data_parallel_replicate_degree 2",
-        "--nproc 2 --parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings",
+        "--nproc 2 --parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings "
+        "--model.rounding_tile 32",
         "--nproc 2 --training.global_batch_size 64",
         "--model.router topk --model.rounding_tile 4096",
         "--compile.enable --compile.backend aot_eager --nproc 1",
@@ -110,6 +132,23 @@ def test_possible_run_is_described_in_one_line(
     captured = capsys.readouterr()
     assert captured.err == ""
     assert re.fullmatch(r"run\.toml: ok: 2\.\dM parameters .* steps of .* tokens\n", captured.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows"),
+    [
+        ("--model.rounding_tile 512", 256),
+        ("--parallelism.pipeline_parallel_degree 2 --model.no-tie_embeddings", 32),
+    ],
+)
+def test_less_than_a_tile_of_rows_per_expert_warns(
+    arguments: str, rows: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["check", RUN, *arguments.split()]) == 0
+    _, warning = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: ") and f"gives an expert {rows} rows on average" in warning
+    assert cli.run(["check", RUN, *arguments.split(), "--model.router", "topk"]) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_inductor_without_a_compiler_is_refused(
@@ -126,12 +165,25 @@ def test_hopper_backend_on_another_gpu_is_one_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (10, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA B200")
-    assert cli.run(["check", RUN, "--nproc", "1", "--model.backend", "auto"]) == 0
+    run = ["check", RUN, "--nproc", "1", "--training.mixed_precision_param", "bfloat16"]
+    assert cli.run([*run, "--model.backend", "auto"]) == 0
     capsys.readouterr()
-    assert cli.run(["check", RUN, "--nproc", "1", "--model.backend", "hopper"]) == 2
+    assert cli.run([*run, "--model.backend", "hopper"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: command line: model.backend")
+
+
+def test_float32_experts_on_a_gpu_are_one_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["check", RUN, "--nproc", "1", "--training.mixed_precision_param", "float32"]
+    assert cli.run(run) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capsys.readouterr()
+    assert cli.run(run) == 2
+    assert 'set it to "bfloat16"' in capsys.readouterr().err
+    assert cli.run([*run, "--model.moe", "stock", "--model.router", "topk"]) == 0
 
 
 def test_print_config_prints_a_file_that_checks(

@@ -1,6 +1,11 @@
 """`sonicmoe warmup` and `sonicmoe bench` on the sizes of a run."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +103,35 @@ def test_bench_times_the_experts(
     shape, result = capsys.readouterr().out.splitlines()
     assert shape.startswith("T 128  D 32  F 64  E 16  K 4")
     assert result.startswith("torch") and "forward+backward" in result
+
+
+@pytest.mark.parametrize("module", ["sonicmoe_titan.cli", "sonicmoe_titan.train"])
+def test_ctrl_c_during_the_imports_leaves_no_traceback(module: str, tmp_path: Path) -> None:
+    """A stand-in for torch presses Ctrl-C while it is imported."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}{os.pathsep}{os.getcwd()}"
+    done = subprocess.run(
+        [sys.executable, "-m", module],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_in_a_command_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["sonicmoe", "bench"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

@@ -103,6 +103,13 @@ def test_token_rounding_survives_recomputation_and_compilation(one, name):
     assert_same_losses(one[name], one["rounding"], relative=FLOAT32)
 
 
+@pytest.mark.parametrize("name", ["drawing, selective", "drawing, full"])
+def test_recomputation_draws_the_numbers_of_the_forward_pass(one, name):
+    assert_same_losses(one[name], one["drawing"], relative=FLOAT32)
+    (drawing,), (nearest,) = one["drawing"], one["rounding"]
+    assert succeeded(drawing).losses != pytest.approx(succeeded(nearest).losses, rel=FLOAT32)
+
+
 def test_token_rounding_is_the_same_on_all_tensor_parallel_ranks(one, two):
     assert_same_losses(two["tp, rounding"], one["rounding"], relative=FLOAT32)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torchtitan.models.common.moe import MoE
 
-from sonicmoe_titan.check import check_run, microbatch_tokens
+from sonicmoe_titan.check import check_run
 from sonicmoe_titan.config_registry import CONFIGS, RECIPES
 from sonicmoe_titan.model import decoder_config
 from sonicmoe_titan.model_args import ModelArgs, parameter_counts
 from sonicmoe_titan.moe import SonicMoE
+from sonicmoe_titan.run_sizes import microbatch_tokens
 from sonicmoe_titan.toml_config import load_config
 
 FILES = sorted(CONFIGS.glob("*.toml"))

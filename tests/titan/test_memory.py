@@ -14,8 +14,10 @@ from sonicmoe_titan.cli import run as sonicmoe
 from sonicmoe_titan.memory_fit import (
     GIB,
     count_parameters,
+    describe_activations,
     fits,
     layout_of,
+    measure_first_block,
     rank_items,
     shape_of,
 )
@@ -255,6 +257,13 @@ def test_gpu_count_that_does_not_fit_the_degrees_is_refused() -> None:
     config = load_config(DEBUG, ["--parallelism.data_parallel_shard_degree", "4"])
     with pytest.raises(ValueError, match="give --gpus 4 or change a degree"):
         layout_of(config, num_gpus=3)
+
+
+def test_log_of_a_tensor_parallel_run_states_a_bound_and_measures_nothing() -> None:
+    config = load_config(DEBUG, ["--parallelism.tensor_parallel_degree", "2"])
+    assert "predicted: at most" in describe_activations(config, num_gpus=2)
+    assert "at most" not in describe_activations(load_config(DEBUG), num_gpus=2)
+    measure_first_block(config, [], num_gpus=2)  # a model without parts would raise
 
 
 def test_unknown_gpu_is_refused() -> None:

@@ -2,13 +2,16 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.tools import utils
 
-from sonicmoe_titan.metrics import SonicMetrics, _console_line
+from sonicmoe_titan.metrics import SonicMetrics, _console_line, known_peak_flops
 from sonicmoe_titan.routing_metrics import Gathered, routing_metrics
 from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
 from sonicmoe_titan.stats import RouterStats
@@ -24,7 +27,7 @@ from tests.titan.ranks import run_on_ranks
 @pytest.fixture(scope="module")
 def logged(shared_folder: Path) -> tuple[Run, int]:
     """A finished run of two ranks and the tokens that it saw."""
-    (_, (folder, tokens), _), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    (_, (folder, tokens), *_), _ = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
     return read_run(folder), tokens
 
 
@@ -67,7 +70,7 @@ def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
     shared_folder: Path,
 ) -> None:
     results = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
-    for (both, staged, left), _, _ in results:
+    for (both, staged, left), *_ in results:
         assert both.layer_ids == [0, 1]
         assert staged.layer_ids == [1, 3]
         assert left == 0.0
@@ -81,7 +84,7 @@ def test_statistics_add_up_over_ranks_and_pipeline_stages_and_start_again(
 
 
 def test_expert_parallelism_keeps_what_the_memory_model_expects(shared_folder: Path) -> None:
-    for _, _, kept in run_on_ranks(gather_and_train, ranks=2, base=shared_folder):
+    for _, _, kept, _ in run_on_ranks(gather_and_train, ranks=2, base=shared_folder):
         for router, (expected, bound, measured) in kept.items():
             assert measured == pytest.approx(expected, rel=0.02), router
             assert measured <= bound, router
@@ -142,6 +145,19 @@ def test_validation_is_recorded_and_does_not_disturb_the_routing_numbers(
     assert all(record["moe/rows_added"] > 0 for record in run.training[1:])
 
 
+def test_rank_0_of_a_pipeline_tells_the_loss_of_its_last_stage(shared_folder: Path) -> None:
+    first, last = run_on_ranks(gather_and_train, ranks=2, base=shared_folder)
+    (folder, lines), (_, same) = first[3], last[3]
+    run = read_run(folder)
+    assert [record["step"] for record in run.training] == [1, 2]
+    losses = [record[TRAIN_LOSS] for record in run.training]
+    losses += [record[VALIDATION_LOSS] for record in run.validation]
+    assert all(5 < loss < 8 for loss in losses), losses  # about log 512
+    assert len(losses) == 4 and len(lines) == len(same) == 6
+    without_memory = [re.sub(r"(memory|tps|tflops|mfu): *\S+", "", line) for line in lines]
+    assert without_memory == [re.sub(r"(memory|tps|tflops|mfu): *\S+", "", line) for line in same]
+
+
 def test_end_of_run_leaves_figures_a_table_and_loggers_files(logged: tuple[Run, int]) -> None:
     run, _ = logged
     report = run.folder / "report"
@@ -151,6 +167,16 @@ def test_end_of_run_leaves_figures_a_table_and_loggers_files(logged: tuple[Run, 
     assert rows["steps"] == "8"
     assert list(run.folder.glob("tb/*/events.out.tfevents.*"))
     assert list(run.folder.glob("tb/*/wandb/offline-run-*"))
+
+
+def test_process_that_logged_nothing_reports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = []
+    monkeypatch.setattr(SonicMetrics, "_report", lambda self: reports.append(self))
+    metrics = SonicMetrics.__new__(SonicMetrics)
+    metrics.config, metrics._is_reporter, metrics.logger = SonicMetrics.Config(), True, BaseLogger()
+    for metrics._has_logged in (False, True):
+        metrics.close()
+        assert bool(reports) == metrics._has_logged
 
 
 def test_wandb_goes_offline_without_a_key_and_says_so(
@@ -178,6 +204,27 @@ def test_wandb_setting_of_the_user_stands(monkeypatch: pytest.MonkeyPatch, key: 
     monkeypatch.setenv(key, "online")
     metrics._prepare_wandb()
     assert metrics.os.environ["WANDB_MODE"] == ("online" if key == "WANDB_MODE" else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2.25e15),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+    ],
+)
+def test_mfu_refers_to_a_peak_that_is_known(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TorchTitan asks lspci first: this machine's answer must not decide
+    monkeypatch.setattr(utils.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=""))
+    known_peak_flops.cache_clear()
+    assert known_peak_flops(name) == peak
+    known_peak_flops.cache_clear()
 
 
 @pytest.mark.parametrize(("tile", "warns"), [(128, False), (256, False), (96, True), (32, True)])

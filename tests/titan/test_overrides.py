@@ -11,6 +11,7 @@ from torchtitan.trainer import Trainer
 
 from sonicmoe_titan.moe import SonicMoE
 from sonicmoe_titan.selective_ac import SonicSelectiveAC
+from tests.titan.block_runs import results, succeeded
 
 MODELS = {
     "qwen3": (qwen3_configs, "debugmodel_moe"),
@@ -41,6 +42,21 @@ def test_every_moe_block_of_a_stock_model_is_replaced(name):
         assert block.router.score_func == original.router.score_func
         assert block.load_balance_coeff == original.load_balance_coeff
         assert block.shared_experts is original.shared_experts
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_stock_models_lose_with_the_override_what_they_lose_without(name, shared_folder):
+    one = results(1, shared_folder)
+    (stock,), (ours,) = one[f"{name}, stock"], one[f"{name}, topk"]
+    assert succeeded(ours) == pytest.approx(succeeded(stock), rel=1e-5)
+    assert ours[1] < ours[0]
+
+
+def test_token_rounding_trains_a_stock_model_on_other_rows(shared_folder):
+    one = results(1, shared_folder)
+    (stock,), (rounded,) = one["deepseek_v3, stock"], one["deepseek_v3, token rounding"]
+    assert succeeded(rounded) != pytest.approx(stock, rel=1e-5)
+    assert rounded == pytest.approx(stock, rel=1e-2)
 
 
 def test_selective_checkpointing_learns_to_keep_the_experts():

@@ -97,13 +97,33 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
     assert _rows(out)[""] == [str(folder) for folder in folders]
 
 
-def test_resumed_run_takes_the_later_record_of_a_step(tmp_path: Path) -> None:
+def test_resumed_run_replaces_the_steps_that_it_repeats(tmp_path: Path) -> None:
     folder = _write_run(tmp_path / "run")
     RunLog(folder, {"device": "other"}).log({TRAIN_LOSS: 9.0}, 18)
     run = read_run(folder)
-    assert [record["step"] for record in run.training] == list(range(1, 21))
+    assert [record["step"] for record in run.training] == list(range(1, 19))
     assert run.training[17][TRAIN_LOSS] == 9.0
+    assert [record["step"] for record in run.validation] == [10]
     assert run.header["device"] == "other"
+
+
+def test_run_that_begins_anew_in_the_same_folder_is_not_mixed_with_the_old_one(
+    tmp_path: Path,
+) -> None:
+    folder = _write_run(tmp_path / "run")
+    _write_run(folder, steps=5, loss=2.0)
+    run = read_run(folder)
+    assert [record["step"] for record in run.training] == [1, 2, 3, 4, 5]
+    assert run.last(TRAIN_LOSS) == 2.0 + 1 / 5
+    assert run.validation == [] and run.last("throughput/tokens_per_day") is None
+
+
+def test_process_that_logged_no_step_leaves_the_run_before_it_alone(tmp_path: Path) -> None:
+    folder = _write_run(tmp_path / "run")
+    RunLog(folder, {"device": "other"})
+    run = read_run(folder)
+    assert len(run.training) == 20
+    assert run.header["device"] == "test device"
 
 
 def test_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:

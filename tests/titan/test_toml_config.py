@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
+from sonicmoe_titan.config_registry import CONFIGS
 from sonicmoe_titan.config_tree import ConfigError
 from sonicmoe_titan.toml_config import Command, load_config
 
@@ -135,6 +136,9 @@ def test_a_file_can_start_from_another_recipe(toml: Any) -> None:
         ("[model_spec]\nname = 'x'", "[model_spec]: unknown key"),
         ("[[optimizer.param_groups]]\npatern = 'x'", "unknown key patern; did you mean pattern?"),
         ("[training\nsteps = 1", "not valid TOML"),
+        ("job = 'recipe'", "job = 'recipe': expected a table with recipe"),
+        ("[job.recipe]\nname = 'base'", "[job.recipe]: expected a name; expected one of base"),
+        ("[optimizer]\nlr = nan", "optimizer.lr = NaN: expected a number"),
     ],
 )
 def test_mistakes_in_a_file_name_file_key_and_what_is_accepted(
@@ -159,9 +163,17 @@ def test_mistakes_in_a_file_name_file_key_and_what_is_accepted(
         (["--model.rounding_tile", "0"], "model.rounding_tile = 0: expected a number above 0"),
         (["--compile.enable", "maybe"], "expected true or false"),
         (["training.steps", "4"], "training.steps: expected --table.key value"),
+        (
+            ["--training.steps=4", "run.toml"],
+            "run.toml: expected --table.key value or --table.key=",
+        ),
+        (["--training.steps=4", "run.toml"], "; the configuration comes first"),
         (["--training", "4"], "expected a table of its keys"),
         (["--optimizer.lr", "0"], "optimizer.lr = 0.0: expected a number above 0"),
         (["--job.recipe", "debugg"], "did you mean debug?"),
+        (["--job", "debug"], "job = 'debug': expected a table with recipe"),
+        (["--training.max_norm", "nan"], 'training.max_norm = "nan": expected a number'),
+        (["--model.dim=64", "--model.dim.x=3"], "a value, which has no keys of its own"),
     ],
 )
 def test_mistakes_on_the_command_line_name_key_and_what_is_accepted(
@@ -174,7 +186,17 @@ def test_mistakes_on_the_command_line_name_key_and_what_is_accepted(
 
 def test_missing_file_names_the_nearest_one(toml: Any) -> None:
     path = toml("")
-    assert error(path.with_name("rum.toml")).endswith("no such file; did you mean run.toml?")
+    assert error(path.with_name("rum.toml")).endswith(f"no such file; did you mean {path}?")
+
+
+@pytest.mark.parametrize("name", ["debug.toml", "debug", "debugg.toml", "elsewhere/debug.toml"])
+def test_missing_file_is_looked_for_among_the_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    assert error(Path(name)) == f"{name}: no such file; did you mean configs/debug.toml?"
+    monkeypatch.chdir(tmp_path)
+    assert error(Path(name)).endswith(f"no such file; did you mean {CONFIGS / 'debug.toml'}?")
 
 
 def test_printed_configuration_makes_the_same_run(toml: Any) -> None:
