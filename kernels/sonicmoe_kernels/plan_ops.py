@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import hopper_routing
-from sonicmoe_kernels.thin_autograd import below_autograd, register
+from sonicmoe_kernels.thin_autograd import ThinOp, register
 
 __all__ = ["rounding_plan", "topk_plan"]
 
@@ -105,14 +105,16 @@ class _TopKPlan(torch.autograd.Function):
         ctx: Any, keys: Any, ids: Tensor, scores: Tensor, num_experts: int
     ) -> tuple[Tensor, ...]:
         ctx.shape = scores.shape
-        return _keep_source(ctx, below_autograd(topk_plan, keys, ids, scores, num_experts))
+        return _keep_source(ctx, _thin_topk_plan.below_autograd(keys, ids, scores, num_experts))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dscore, (source,) = gradients[1], ctx.saved_tensors
         if dscore is None:
             return None, None, None, None
-        dscores, _ = plan_scores_backward(dscore, source, math.prod(ctx.shape), 0, True)
+        dscores, _ = _thin_scores_backward.in_backward(
+            dscore, source, math.prod(ctx.shape), 0, True
+        )
         return None, None, dscores.view(ctx.shape), None
 
 
@@ -122,7 +124,7 @@ class _RoundingPlan(torch.autograd.Function):
         ctx: Any, keys: Any, ids: Tensor, scores: Tensor, all_scores: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         ctx.chosen_shape, ctx.all_shape = scores.shape, all_scores.shape
-        plan = below_autograd(rounding_plan, keys, ids, scores, all_scores, *rest)
+        plan = _thin_rounding_plan.below_autograd(keys, ids, scores, all_scores, *rest)
         return _keep_source(ctx, plan)
 
     @staticmethod
@@ -131,7 +133,7 @@ class _RoundingPlan(torch.autograd.Function):
         needs_chosen, needs_added = ctx.needs_input_grad[2:4]
         dchosen = dadded = None
         if dscore is not None:
-            dchosen, dadded = plan_scores_backward(
+            dchosen, dadded = _thin_scores_backward.in_backward(
                 dscore,
                 source,
                 math.prod(ctx.chosen_shape) if needs_chosen else 0,
@@ -146,7 +148,7 @@ class _RoundingPlan(torch.autograd.Function):
 class _PlanScoresBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return below_autograd(plan_scores_backward, keys, *inputs)
+        return _thin_scores_backward.below_autograd(keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -158,19 +160,12 @@ class _PlanScoresBackward(torch.autograd.Function):
 
 topk_plan = torch.ops.sonicmoe.topk_plan.default
 rounding_plan = torch.ops.sonicmoe.rounding_plan.default
-plan_scores_backward = torch.ops.sonicmoe.plan_scores_backward.default
+_thin_topk_plan = ThinOp(topk_plan, _topk_plan)
+_thin_rounding_plan = ThinOp(rounding_plan, _rounding_plan)
+_thin_scores_backward = ThinOp(
+    torch.ops.sonicmoe.plan_scores_backward.default, _plan_scores_backward
+)
 
-for _op, _eager, _fake, _function in (
-    (topk_plan, _topk_plan, _topk_plan_fake, _TopKPlan),
-    (rounding_plan, _rounding_plan, _rounding_plan_fake, _RoundingPlan),
-    (
-        plan_scores_backward,
-        _plan_scores_backward,
-        _plan_scores_backward_fake,
-        _PlanScoresBackward,
-    ),
-):
-    _name = _op.name().removesuffix(".default")
-    _library.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(_name, _fake, lib=_library)
-    register(_library, _op, _function)
+register(_library, _thin_topk_plan, _topk_plan_fake, _TopKPlan)
+register(_library, _thin_rounding_plan, _rounding_plan_fake, _RoundingPlan)
+register(_library, _thin_scores_backward, _plan_scores_backward_fake, _PlanScoresBackward)

@@ -23,7 +23,7 @@ from torch import Tensor
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.kernel_lists import topk_kernels
 from sonicmoe_kernels.parallel_build import make_ready
-from sonicmoe_kernels.thin_autograd import below_autograd, register
+from sonicmoe_kernels.thin_autograd import ThinOp, register
 from sonicmoe_kernels.tiles import TopKBackward, TopKForward, TopKOptions
 
 __all__ = ["SAVE_OPS", "route_topk"]
@@ -170,7 +170,7 @@ class _RouteTopK(torch.autograd.Function):
     def forward(
         ctx: Any, keys: Any, logits: Tensor, bias: Tensor | None, *static: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ids, weights, scores = below_autograd(route_topk, keys, logits, bias, *static)
+        ids, weights, scores = _thin_route_topk.below_autograd(keys, logits, bias, *static)
         *choice, route_scale, all_scores = static
         has_bias = bias is not None
         ctx.static = (logits.shape[1], logits.dtype, *choice, route_scale, has_bias)
@@ -192,14 +192,16 @@ class _RouteTopK(torch.autograd.Function):
             dscores = None  # of the scores that nobody asked for
         dlogits = None
         if dweights is not None or dscores is not None:
-            dlogits = route_topk_backward(dweights, dscores, *ctx.saved_tensors, *ctx.static)
+            dlogits = _thin_backward.in_backward(
+                dweights, dscores, *ctx.saved_tensors, *ctx.static
+            )
         return None, dlogits, *(None,) * 7
 
 
 class _RouteTopKBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
-        return below_autograd(route_topk_backward, keys, *inputs)
+        return _thin_backward.below_autograd(keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -210,16 +212,11 @@ class _RouteTopKBackward(torch.autograd.Function):
 
 
 route_topk = torch.ops.sonicmoe.route_topk.default
-route_topk_backward = torch.ops.sonicmoe.route_topk_backward.default
+_thin_route_topk = ThinOp(route_topk, _route_topk)
+_thin_backward = ThinOp(torch.ops.sonicmoe.route_topk_backward.default, _route_topk_backward)
 
-for _op, _eager, _fake, _function in (
-    (route_topk, _route_topk, _route_topk_fake, _RouteTopK),
-    (route_topk_backward, _route_topk_backward, _route_topk_backward_fake, _RouteTopKBackward),
-):
-    _name = _op.name().removesuffix(".default")
-    _library.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(_name, _fake, lib=_library)
-    register(_library, _op, _function)
+register(_library, _thin_route_topk, _route_topk_fake, _RouteTopK)
+register(_library, _thin_backward, _route_topk_backward_fake, _RouteTopKBackward)
 
 # What selective activation checkpointing keeps, so that the choice cannot change in between.
 SAVE_OPS = (route_topk,)
