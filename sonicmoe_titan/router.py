@@ -76,7 +76,7 @@ class SonicRouter(TokenChoiceTopKRouter):
         Returns:
             scores (B, L, K) float32, experts (B, L, K) int64, and all scores (B, L, E) float32
             times the route scale, -inf where the token may not go (node-limited groups). Where
-            nobody reads all scores they are one 0 seen as (B, L, E).
+            nobody reads all scores they are one number, whichever, seen as (B, L, E).
 
         Raises:
             ValueError: an auxiliary loss is on and nobody called `set_loss_scale`.
@@ -115,7 +115,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             topk = self._observe(logits_TE, topk)
         K, scores_TE = self.top_k, topk.scores_TE
         if not scores_TE.shape[1]:
-            scores_TE = scores_TE.new_zeros(()).expand(B * L, E)
+            scores_TE = scores_TE.new_empty(()).expand(B * L, E)
         return (
             topk.scores_TK.view(B, L, K),
             topk.ids_TK.view(B, L, K),
@@ -185,7 +185,8 @@ class SonicRouter(TokenChoiceTopKRouter):
             probability_SE = raw_SE / raw_SE.sum(dim=-1, keepdim=True)
         else:
             probability_SE = sample_SE.softmax(dim=-1)
-        return torch.special.entr(probability_SE).sum(dim=-1).mean() * T
+        # not special.entr: CUDA compiles that one at run time
+        return torch.xlogy(probability_SE, probability_SE).sum() * (-T / len(sample_SE))
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard the gate as stock does and find the ranks that the losses average over."""
@@ -207,7 +208,7 @@ class SonicRouter(TokenChoiceTopKRouter):
     def set_loss_scale(self, scale: float) -> None:
         """See `sonicmoe_titan.aux_loss.set_loss_scale`."""
         if self.loss_scale is None:
-            self.loss_scale = torch.zeros((), device=self.stats.values_V.device)
+            self.loss_scale = torch.zeros((), device=self.stats.load_E.device)
         self.loss_scale.fill_(scale * self.loss_share)
 
 
