@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sonicmoe_kernels import hopper_experts, reference
 from sonicmoe_kernels.backends import resolve_backend
-from sonicmoe_kernels.thin_autograd import ThinOp, register
+from sonicmoe_kernels.thin_autograd import ThinOp
 
 __all__ = ["SAVE_OPS", "experts"]
 
@@ -134,7 +134,7 @@ def _experts_backward(
         **in_place,
     )
     # An op's outputs are tensors: what nobody asked for is an empty one.
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    return tuple([x.new_empty(0) if g is None else g for g in gradients])
 
 
 def _experts_backward_fake(
@@ -162,7 +162,7 @@ def _experts_backward_fake(
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        out, h = _thin_experts.below_autograd(keys, *inputs)
+        out, h = experts.below_autograd(keys, *inputs)
         x, w1, w3, w2, *plan = inputs[:9]
         ctx.rows_per_token, ctx.activation, ctx.backend, _, ctx.inplace_dh = inputs[9:]
         ctx.mark_non_differentiable(h)
@@ -181,8 +181,8 @@ class _Experts(torch.autograd.Function):
         # Traced tensors are subclasses: a compiler may want H again, so it keeps it.
         eager = type(dout) is Tensor and type(h) is Tensor and not torch.is_grad_enabled()
         overwrite = ctx.inplace_dh and eager and _resolve(ctx.backend, x, w1) == "hopper"
-        backward = _thin_backward_in_place if overwrite else _thin_backward
-        dx, dw1, dw3, dw2, dscore = backward.in_backward(
+        backward = experts_backward_in_place if overwrite else experts_backward
+        dx, dw1, dw3, dw2, dscore = backward(
             dout.contiguous(),
             x,
             w1,
@@ -212,7 +212,7 @@ class _Experts(torch.autograd.Function):
 class _ExpertsBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return _thin_backward.below_autograd(keys, *inputs)
+        return experts_backward.below_autograd(keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -222,20 +222,21 @@ class _ExpertsBackward(torch.autograd.Function):
         )
 
 
-_experts_backward_in_place = functools.partial(_experts_backward, overwrite_h=True)
-
-experts = torch.ops.sonicmoe.experts.default
-_thin_experts = ThinOp(experts, _experts)
-_thin_backward = ThinOp(torch.ops.sonicmoe.experts_backward.default, _experts_backward)
-_thin_backward_in_place = ThinOp(
-    torch.ops.sonicmoe.experts_backward_.default, _experts_backward_in_place
+experts = ThinOp(_library, "sonicmoe::experts", _experts, _experts_fake, _Experts)
+experts_backward = ThinOp(
+    _library,
+    "sonicmoe::experts_backward",
+    _experts_backward,
+    _experts_backward_fake,
+    _ExpertsBackward,
+)
+# It runs where no gradient of its results can be asked for.
+experts_backward_in_place = ThinOp(
+    _library,
+    "sonicmoe::experts_backward_",
+    functools.partial(_experts_backward, overwrite_h=True),
+    _experts_backward_fake,
 )
 
-register(_library, _thin_experts, _experts_fake, _Experts)
-register(_library, _thin_backward, _experts_backward_fake, _ExpertsBackward)
-# Nothing is recorded of this one: it runs where no gradient of its results can be asked for.
-_library.impl("experts_backward_", _experts_backward_in_place, "CompositeExplicitAutograd")
-torch.library.register_fake("sonicmoe::experts_backward_", _experts_backward_fake, lib=_library)
-
 # What selective activation checkpointing keeps: O and H. No listed op outputs A or Y.
-SAVE_OPS = (experts,)
+SAVE_OPS = (experts.op,)

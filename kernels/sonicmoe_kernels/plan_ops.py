@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import hopper_routing
-from sonicmoe_kernels.thin_autograd import ThinOp, register
+from sonicmoe_kernels.thin_autograd import ThinOp
 
 __all__ = ["rounding_plan", "topk_plan"]
 
@@ -64,9 +64,13 @@ def _plan_scores_backward(
     dscore: Tensor, source: Tensor, chosen: int, added: int, every_pair_owns_a_row: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `chosen` and of `added` scores, flat; an empty one where the number is 0."""
-    make = torch.empty if every_pair_owns_a_row else torch.zeros
-    dchosen = make(chosen, dtype=torch.float32, device=dscore.device)
-    dadded = torch.zeros(added, dtype=torch.float32, device=dscore.device)
+
+    def make(length: int, *, filled: bool) -> Tensor:
+        # zeros of nothing take the host longer than nothing
+        fill = torch.empty if filled or not length else torch.zeros
+        return fill(length, dtype=torch.float32, device=dscore.device)
+
+    dchosen, dadded = make(chosen, filled=every_pair_owns_a_row), make(added, filled=False)
     hopper_routing.score_gradient(
         dscore.contiguous(), source, dchosen if chosen else None, dadded if added else None
     )
@@ -105,16 +109,14 @@ class _TopKPlan(torch.autograd.Function):
         ctx: Any, keys: Any, ids: Tensor, scores: Tensor, num_experts: int
     ) -> tuple[Tensor, ...]:
         ctx.shape = scores.shape
-        return _keep_source(ctx, _thin_topk_plan.below_autograd(keys, ids, scores, num_experts))
+        return _keep_source(ctx, topk_plan.below_autograd(keys, ids, scores, num_experts))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         dscore, (source,) = gradients[1], ctx.saved_tensors
         if dscore is None:
             return None, None, None, None
-        dscores, _ = _thin_scores_backward.in_backward(
-            dscore, source, math.prod(ctx.shape), 0, True
-        )
+        dscores, _ = plan_scores_backward(dscore, source, math.prod(ctx.shape), 0, True)
         return None, None, dscores.view(ctx.shape), None
 
 
@@ -124,7 +126,7 @@ class _RoundingPlan(torch.autograd.Function):
         ctx: Any, keys: Any, ids: Tensor, scores: Tensor, all_scores: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         ctx.chosen_shape, ctx.all_shape = scores.shape, all_scores.shape
-        plan = _thin_rounding_plan.below_autograd(keys, ids, scores, all_scores, *rest)
+        plan = rounding_plan.below_autograd(keys, ids, scores, all_scores, *rest)
         return _keep_source(ctx, plan)
 
     @staticmethod
@@ -133,7 +135,7 @@ class _RoundingPlan(torch.autograd.Function):
         needs_chosen, needs_added = ctx.needs_input_grad[2:4]
         dchosen = dadded = None
         if dscore is not None:
-            dchosen, dadded = _thin_scores_backward.in_backward(
+            dchosen, dadded = plan_scores_backward(
                 dscore,
                 source,
                 math.prod(ctx.chosen_shape) if needs_chosen else 0,
@@ -148,7 +150,7 @@ class _RoundingPlan(torch.autograd.Function):
 class _PlanScoresBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return _thin_scores_backward.below_autograd(keys, *inputs)
+        return plan_scores_backward.below_autograd(keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -158,14 +160,14 @@ class _PlanScoresBackward(torch.autograd.Function):
         )
 
 
-topk_plan = torch.ops.sonicmoe.topk_plan.default
-rounding_plan = torch.ops.sonicmoe.rounding_plan.default
-_thin_topk_plan = ThinOp(topk_plan, _topk_plan)
-_thin_rounding_plan = ThinOp(rounding_plan, _rounding_plan)
-_thin_scores_backward = ThinOp(
-    torch.ops.sonicmoe.plan_scores_backward.default, _plan_scores_backward
+topk_plan = ThinOp(_library, "sonicmoe::topk_plan", _topk_plan, _topk_plan_fake, _TopKPlan)
+rounding_plan = ThinOp(
+    _library, "sonicmoe::rounding_plan", _rounding_plan, _rounding_plan_fake, _RoundingPlan
 )
-
-register(_library, _thin_topk_plan, _topk_plan_fake, _TopKPlan)
-register(_library, _thin_rounding_plan, _rounding_plan_fake, _RoundingPlan)
-register(_library, _thin_scores_backward, _plan_scores_backward_fake, _PlanScoresBackward)
+plan_scores_backward = ThinOp(
+    _library,
+    "sonicmoe::plan_scores_backward",
+    _plan_scores_backward,
+    _plan_scores_backward_fake,
+    _PlanScoresBackward,
+)

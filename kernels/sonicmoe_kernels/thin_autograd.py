@@ -2,72 +2,77 @@
 
 `torch.library.register_autograd` adds 30 us to every call, `torch.autograd.Function` under the
 dispatcher's Autograd key a few. A pass through the dispatcher with a dozen arguments costs 10 us
-more: where nothing lies between autograd and the kernels (no mode, no tracing, no subclass) the
+more: where nobody would see it (no mode, no tracing, no subclass, no function transform) the
 function that runs on plain tensors is called at once.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
+from torch.nn import Parameter
 
-__all__ = ["ThinOp", "register"]
-
-_PLAIN_BACKENDS = (DispatchKey.CUDA, DispatchKey.CPU)
+__all__ = ["ThinOp"]
 
 
 class ThinOp:
-    """An operator and the function that runs it on plain tensors; calls take all its arguments."""
+    """An operator of a library; calls take all its arguments, by position.
 
-    def __init__(self, op: Any, eager: Callable[..., Any]) -> None:
-        self.op = op
+    Args:
+        library: defines it and stays alive as long as it is called.
+        name: with the namespace, "sonicmoe::experts".
+        eager: runs it on plain tensors.
+        fake: the same for shapes alone.
+        function: called with (keys, *inputs) where an input needs a gradient; its forward calls
+            `below_autograd`. Without one, no gradient passes.
+    """
+
+    def __init__(
+        self,
+        library: torch.library.Library,
+        name: str,
+        eager: Callable[..., Any],
+        fake: Callable[..., Any],
+        function: type[torch.autograd.Function] | None = None,
+    ) -> None:
+        namespace, short = name.split("::")
+        self.op = getattr(getattr(torch.ops, namespace), short).default
         self.eager = eager
+        self.function = function
+        library.impl(name, eager, "CompositeExplicitAutograd")
+        torch.library.register_fake(name, fake, lib=library)
+        if function is not None:
+            library.impl(name, self._with_gradient, "Autograd", with_keyset=True)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The operator, with its gradient."""
+        if _somebody_watches(inputs):
+            return self.op(*inputs)
+        return self._with_gradient(None, *inputs)
 
     def below_autograd(self, keys: Any, *inputs: Any) -> Any:
-        """The operator without gradients; what a Function's forward calls."""
+        """The operator without its gradient; what the Function's forward calls."""
+        if keys is None:
+            return self.eager(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            below = keys & torch._C._after_ADInplaceOrView_keyset
-            if below.highestPriorityTypeId() in _PLAIN_BACKENDS:
-                return self.eager(*inputs)
             return self.op.redispatch(keys & torch._C._after_autograd_keyset, *inputs)
 
-    def in_backward(self, *inputs: Any) -> Any:
-        """The operator as a Function's backward calls it."""
-        first = next(value for value in inputs if value is not None)
-        plain = type(first) is Tensor and not torch._C._len_torch_dispatch_stack()
-        if plain and not torch.is_grad_enabled():
-            return self.eager(*inputs)
-        return self.op(*inputs)
+    def _with_gradient(self, keys: Any, *inputs: Any) -> Any:
+        """The operator above all backends; `keys` are None past the dispatcher."""
+        if self.function is not None and torch.is_grad_enabled():
+            for value in inputs:
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return self.function.apply(keys, *inputs)
+        return self.below_autograd(keys, *inputs)
 
 
-def register(
-    library: torch.library.Library,
-    thin: ThinOp,
-    fake: Callable[..., Any],
-    function: type[torch.autograd.Function],
-) -> None:
-    """Implement an operator that `library` defines: on tensors, on fakes, and its gradient.
-
-    `function` is called with (keys, *inputs) where an input needs a gradient.
-    """
-    name = thin.op.name().removesuffix(".default")
-    library.impl(name, thin.eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(name, fake, lib=library)
-    with_gradient = functools.partial(_with_gradient, thin, function)
-    library.impl(name, with_gradient, "Autograd", with_keyset=True)
-
-
-def _with_gradient(
-    thin: ThinOp, function: type[torch.autograd.Function], keys: Any, *inputs: Any
-) -> Any:
-    """The operator as the dispatcher calls it above all backends."""
-    if torch.is_grad_enabled():
-        for value in inputs:
-            if isinstance(value, Tensor) and value.requires_grad:
-                return function.apply(keys, *inputs)
-    return thin.below_autograd(keys, *inputs)
+def _somebody_watches(inputs: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher has more to do with a call than to find the backend."""
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in inputs)
