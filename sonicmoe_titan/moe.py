@@ -49,9 +49,13 @@ class SonicGroupedExperts(GroupedExperts):
 
     def local_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's w1 (e, F, D), w3 (e, F, D) and w2 (e, D, F) in `dtype`."""
-        weights = (self.w1_EFD, self.w3_EFD, self.w2_EDF)
-        local = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
-        return local[0].to(dtype), local[1].to(dtype), local[2].to(dtype)
+        w1, w3, w2 = self.w1_EFD, self.w3_EFD, self.w2_EDF
+        return _local(w1, dtype), _local(w3, dtype), _local(w2, dtype)
+
+
+def _local(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 class SonicRoutedExperts(RoutedExperts):
@@ -72,6 +76,7 @@ class SonicRoutedExperts(RoutedExperts):
         super().__init__(config)
         self.config = config
         self.ep_group: dist.ProcessGroup | None = None
+        self._has_fixed_top_k = isinstance(self.token_dispatcher, FIXED_TOP_K_DISPATCHERS)
 
     def forward(  # pyrefly: ignore [bad-override]
         self,
@@ -121,10 +126,6 @@ class SonicRoutedExperts(RoutedExperts):
                 x_TD, plan, experts, group=self.ep_group, redispatch_x=self.config.redispatch_x
             )
         return out_TD.view_as(x_BLD)
-
-    @property
-    def _has_fixed_top_k(self) -> bool:
-        return isinstance(self.token_dispatcher, FIXED_TOP_K_DISPATCHERS)
 
     @property
     def reads_counts(self) -> bool:
@@ -227,7 +228,6 @@ class SonicMoE(MoE):
             return out_BLD
         return out_BLD + self.shared_experts(x_BLD)
 
-    @torch.no_grad()
     def _count(self, ids_BLK: Tensor, scores_BLE: Tensor) -> Tensor | None:
         """Tokens per expert before rounding (the aux-free bias balances what the router prefers).
 

@@ -76,7 +76,7 @@ class SonicRouter(TokenChoiceTopKRouter):
         Returns:
             scores (B, L, K) float32, experts (B, L, K) int64, and all scores (B, L, E) float32
             times the route scale, -inf where the token may not go (node-limited groups). Where
-            nobody reads all scores they are one number, whichever, seen as (B, L, E).
+            nobody reads all scores they are one 0 seen as (B, L, E).
 
         Raises:
             ValueError: an auxiliary loss is on and nobody called `set_loss_scale`.
@@ -115,7 +115,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             topk = self._observe(logits_TE, topk)
         K, scores_TE = self.top_k, topk.scores_TE
         if not scores_TE.shape[1]:
-            scores_TE = scores_TE.new_empty(()).expand(B * L, E)
+            scores_TE = self.stats.zero.expand(B * L, E)
         return (
             topk.scores_TK.view(B, L, K),
             topk.ids_TK.view(B, L, K),
@@ -139,8 +139,15 @@ class SonicRouter(TokenChoiceTopKRouter):
 
     def _observe(self, logits_TE: Tensor, topk: TopK) -> TopK:
         """Attach the auxiliary losses to the scores and add to the statistics."""
-        seen: dict[str, Tensor | float] = {"microbatches": 1, "tokens": logits_TE.shape[0]}
-        seen["entropy"] = self._entropy(logits_TE.detach())
+        if first_pass():
+            self.stats.add(microbatches=1, tokens=logits_TE.shape[0])
+            self._add_entropy(logits_TE.detach())
+        if not self.aux_loss_coeff and not self.z_loss_coeff:
+            return topk
+        return self._attach_losses(logits_TE, topk)
+
+    def _attach_losses(self, logits_TE: Tensor, topk: TopK) -> TopK:
+        seen: dict[str, Tensor] = {}
         loss: Tensor | float = 0.0
         if self.aux_loss_coeff:
             probability_TE = self._probability(logits_TE, topk.scores_TE)
@@ -155,10 +162,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             seen["z_loss"] = z_loss(logits_TE)
             loss = loss + self.z_loss_coeff * seen["z_loss"]
         if first_pass():
-            with torch.no_grad():
-                self.stats.add(**seen)
-        if not isinstance(loss, Tensor):
-            return topk
+            self.stats.add(**{name: value.detach() for name, value in seen.items()})
         if self.loss_scale is None:
             raise ValueError(
                 "aux_loss_coeff and z_loss_coeff need the weight of a forward pass in the step: "
@@ -176,7 +180,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             return logits_TE.softmax(dim=-1)
         return scores_TE if self.route_scale == 1 else scores_TE / self.route_scale
 
-    def _entropy(self, logits_TE: Tensor) -> Tensor:
+    def _add_entropy(self, logits_TE: Tensor) -> None:
         """Nats summed over all tokens, from a sample: the statistic must cost next to nothing."""
         T = logits_TE.shape[0]
         sample_SE = logits_TE[:: max(1, T // ENTROPY_SAMPLE)]
@@ -186,7 +190,8 @@ class SonicRouter(TokenChoiceTopKRouter):
         else:
             probability_SE = sample_SE.softmax(dim=-1)
         # not special.entr: CUDA compiles that one at run time
-        return torch.xlogy(probability_SE, probability_SE).sum() * (-T / len(sample_SE))
+        minus_nats = torch.xlogy(probability_SE, probability_SE).sum()
+        self.stats.add_multiple("entropy", minus_nats, -T / sample_SE.shape[0])
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard the gate as stock does and find the ranks that the losses average over."""

@@ -28,7 +28,7 @@ class RouterStats:
 
     Attributes:
         load_E: (E,) float32, rows per expert after routing and rounding, as this process sent them.
-        one: a float32 1 on the device.
+        zero, one: float32 constants on the device, 0-d.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = (
@@ -50,10 +50,10 @@ class RouterStats:
     def allocate(self, device: torch.device) -> None:
         """Make the tensors on `device`, at zero; outside any graph capture."""
 
-        def zeros(length: int) -> Tensor:
-            return torch.zeros(length, dtype=torch.float32, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.zero, self.one = zeros(), zeros() + 1
         self._values_V = zeros(len(self.NAMES))
         self.load_E, self._tiles_E, self._added_E, self._change_E = (
             zeros(self.num_experts) for _ in range(4)
@@ -93,6 +93,10 @@ class RouterStats:
         """Add to the named values; tensors are 0-d, on the device of `load_E`."""
         for name, value in values.items():
             self._values_V[self.NAMES.index(name)].add_(value)
+
+    def add_multiple(self, name: str, value: Tensor, factor: float) -> None:
+        """Add `factor` times a 0-d tensor to the named value, in one launch."""
+        self._values_V[self.NAMES.index(name)].add_(value, alpha=factor)
 
     def reset(self) -> None:
         """Set every sum to zero, in place."""

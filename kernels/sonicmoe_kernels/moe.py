@@ -102,8 +102,13 @@ def moe_experts(
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; accepted: {', '.join(BACKENDS)}")
     _check(x_TD, w1_EFD, w3_EFD, w2_EDF, plan)
-    inputs = (x_TD, w1_EFD, w3_EFD, w2_EDF, plan.score_R)
-    needs_h = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    needs_h = torch.is_grad_enabled() and (
+        x_TD.requires_grad
+        or w1_EFD.requires_grad
+        or w2_EDF.requires_grad
+        or plan.score_R.requires_grad
+        or (w3_EFD is not None and w3_EFD.requires_grad)
+    )
     out_TD, _ = ops.experts(
         x_TD.contiguous(),
         w1_EFD.contiguous(),
