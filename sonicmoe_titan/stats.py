@@ -85,9 +85,10 @@ class RouterStats:
             self._change_E.add_(change_E)
             self._added_E.add_(change_E.clamp(min=0))
 
-    def add_tiles(self, rows_E: Tensor) -> None:
-        """Count the rows of the whole tiles that experts with these (E,) rows compute."""
-        self._tiles_E.sub_(torch.div(rows_E, -KERNEL_TILE_ROWS, rounding_mode="floor"))
+    def add_tiles(self, rows_e: Tensor) -> None:
+        """Count the rows of the whole tiles of experts with (e,) rows, all of them or a share."""
+        minus_tiles_e = torch.div(rows_e, -KERNEL_TILE_ROWS, rounding_mode="floor")
+        self._tiles_E[: rows_e.shape[0]].sub_(minus_tiles_e)
 
     def add(self, **values: Tensor | float) -> None:
         """Add to the named values; tensors are 0-d, on the device of `load_E`."""
