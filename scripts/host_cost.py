@@ -4,6 +4,7 @@
     python scripts/host_cost.py                    microseconds and launches
     python scripts/host_cost.py --profile topk     where Python spends them
     python scripts/host_cost.py --launches topk    every kernel of one forward and backward
+    python scripts/host_cost.py --counts           what a loaded machine cannot blur, as JSON
     python scripts/host_cost.py --kernels          with our kernels' own host code; compiles them
     python scripts/host_cost.py --gpu              on the GPU of this machine, driver included
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
+import json
 import pstats
 import statistics
 import sys
@@ -45,9 +48,16 @@ CHAIN = 8
 clock = time.process_time
 
 
+ours: list[str] = []  # kernels of ours that were launched and left out
+
+
 def leave_out_kernels() -> None:
-    """Make every kernel of ours a function that does nothing."""
-    kernel_cache.load = lambda spec: lambda *arguments: None
+    """Make every kernel of ours a function that notes its launch."""
+
+    def load(spec: kernel_cache.KernelSpec) -> Callable[..., None]:
+        return lambda *arguments: ours.append(spec.kernel)
+
+    kernel_cache.load = load
     for module in (hopper, hopper_routing, routing_ops):
         module.make_ready = lambda specs: None  # nothing to compile
 
@@ -67,10 +77,16 @@ def step(subject: host_block.Subject) -> tuple[float, float]:
     return middle - begin, clock() - middle
 
 
-def fastest_median_us(subject: host_block.Subject) -> tuple[float, float]:
-    """Microseconds of forward and of backward: medians of each round, those of the best round."""
+def warm_up(subject: host_block.Subject) -> None:
+    gc.collect()
+    gc.disable()  # as TorchTitan does, which collects between steps
     for _ in range(WARM_STEPS):
         step(subject)
+
+
+def fastest_median_us(subject: host_block.Subject) -> tuple[float, float]:
+    """Microseconds of forward and of backward: medians of each round, those of the best round."""
+    warm_up(subject)
     rounds = []
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
@@ -94,18 +110,38 @@ def report() -> None:
 
 
 def launched(subject: host_block.Subject) -> list[str]:
-    """Names of the kernels of one step."""
-    for _ in range(WARM_STEPS):
-        step(subject)
+    """Names of the kernels of one step, those left out last."""
+    warm_up(subject)
     before = dry_gpu.counts().launches
+    ours.clear()
     step(subject)
-    return dry_gpu.launch_names(before, dry_gpu.counts().launches)
+    return dry_gpu.launch_names(before, dry_gpu.counts().launches) + ours
+
+
+def counted(subject: host_block.Subject) -> dict[str, int]:
+    """What one step asks of the device and how often it calls Python functions and built-ins."""
+    warm_up(subject)
+    calls, watching = 0, True
+
+    def watch(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += watching and event in ("call", "c_call")
+
+    before = dry_gpu.counts()
+    ours.clear()
+    sys.setprofile(watch)
+    out = subject.forward()
+    sys.setprofile(None)
+    out.register_hook(lambda gradient: sys.setprofile(watch))  # runs in autograd's own thread
+    subject.backward(out)
+    watching = False
+    asked = dry_gpu.counts().since(before)
+    return {**asked._asdict(), "launches": asked.launches + len(ours), "calls": calls}
 
 
 def profile(subject: host_block.Subject) -> None:
     """Python's own view; the backward pass of a CUDA tensor runs in a thread that it cannot see."""
-    for _ in range(WARM_STEPS):
-        step(subject)
+    warm_up(subject)
     profiler = cProfile.Profile()
     profiler.enable()
     for _ in range(STEPS):
@@ -118,6 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", choices=SUBJECTS, help="print Python's hottest functions")
     parser.add_argument("--launches", choices=SUBJECTS, help="print the kernels of one step")
+    parser.add_argument("--counts", action="store_true", help="print what one step asks for")
     parser.add_argument("--kernels", action="store_true", help="load our kernels' host code")
     parser.add_argument("--gpu", action="store_true", help="use the GPU of this machine")
     arguments = parser.parse_args()
@@ -133,6 +170,8 @@ def main() -> None:
         profile(build(arguments.profile))
     elif arguments.launches:
         print("\n".join(launched(build(arguments.launches))))
+    elif arguments.counts:
+        print(json.dumps({name: counted(build(name)) for name in SUBJECTS}))
     else:
         report()
 

@@ -49,8 +49,12 @@ class ThinOp:
 
     def __call__(self, *inputs: Any) -> Any:
         """The operator, with its gradient."""
-        if _somebody_watches(inputs):
+        if _somebody_watches():
             return self.op(*inputs)
+        for value in inputs:
+            kind = type(value)
+            if kind is not Tensor and kind is not Parameter and isinstance(value, Tensor):
+                return self.op(*inputs)
         return self._with_gradient(None, *inputs)
 
     def below_autograd(self, keys: Any, *inputs: Any) -> Any:
@@ -69,10 +73,8 @@ class ThinOp:
         return self.below_autograd(keys, *inputs)
 
 
-def _somebody_watches(inputs: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher has more to do with a call than to find the backend."""
-    if torch.compiler.is_compiling():
+def _somebody_watches() -> bool:
+    """Whether a tracer, a mode or a function transform wants to see the operator."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return True
-    return any(isinstance(t, Tensor) and type(t) not in (Tensor, Parameter) for t in inputs)
+    return torch._C._are_functorch_transforms_active()
