@@ -54,7 +54,7 @@ def _backward_in_halves(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Ten
 
 
 def _may_use_out() -> bool:
-    """Whether launches count and `out` is allowed: a compiler fuses by itself, autograd has none."""
+    """Whether `out` saves launches: a compiler fuses by itself, and autograd refuses it."""
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
 
 

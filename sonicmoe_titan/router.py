@@ -148,7 +148,7 @@ class SonicRouter(TokenChoiceTopKRouter):
 
     def _attach_losses(self, logits_TE: Tensor, topk: TopK) -> TopK:
         seen: dict[str, Tensor] = {}
-        loss: Tensor | float = 0.0
+        loss = self.stats.zero
         if self.aux_loss_coeff:
             probability_TE = self._probability(logits_TE, topk.scores_TE)
             seen["aux_loss"] = load_balancing_loss(

@@ -61,7 +61,7 @@ class RouterStats:
 
     @property
     def values_V(self) -> Tensor:
-        """(V,) float32, in the order of NAMES; the same tensor at every call, brought up to date."""
+        """(V,) float32, in the order of NAMES: always the same tensor, up to date as it is read."""
         sums = {
             "rows": self.load_E,
             "rows_computed": self._tiles_E * KERNEL_TILE_ROWS,

@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan
+from torch import Tensor
+
 from sonicmoe_titan.model import decoder_config
 from sonicmoe_titan.model_args import ModelArgs
-from torch import Tensor
 
 T, D, F, E, K = 1024, 1536, 256, 128, 8  # the 7B model's layer, few tokens
 
