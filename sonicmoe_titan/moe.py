@@ -240,14 +240,13 @@ class SonicMoE(MoE):
                 self.tokens_per_expert_E.add_(count_E)
             return count_E
         ids_P = ids_BLK.flatten()
-        one_P = self.stats.one.expand_as(ids_P)
         if self.routed_experts.reads_counts:
-            count_E = torch.zeros_like(self.tokens_per_expert_E).scatter_add_(0, ids_P, one_P)
+            count_E = self.stats.count_choices(ids_P)
             if self.training:
                 self.tokens_per_expert_E.add_(count_E)
             return count_E
         if self.training:
-            self.tokens_per_expert_E.scatter_add_(0, ids_P, one_P)
+            self.stats.count_choices(ids_P, into_E=self.tokens_per_expert_E)
         return None
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:

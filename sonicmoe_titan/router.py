@@ -153,7 +153,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             probability_TE = self._probability(logits_TE, topk.scores_TE)
             seen["aux_loss"] = load_balancing_loss(
                 probability_TE,
-                _count(topk.ids_TK, self.num_experts),
+                self.stats.count_choices(topk.ids_TK.flatten()),
                 top_k=self.top_k,
                 groups=self.balance_groups,
             )
@@ -215,10 +215,3 @@ class SonicRouter(TokenChoiceTopKRouter):
         if self.loss_scale is None:
             self.loss_scale = torch.zeros((), device=self.stats.load_E.device)
         self.loss_scale.fill_(scale * self.loss_share)
-
-
-def _count(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """(E,) how often each expert was chosen; `bincount` would wait for the device."""
-    ids_P = ids_TK.flatten()
-    count_E = torch.zeros(num_experts, device=ids_P.device)
-    return count_E.scatter_add(0, ids_P, torch.ones_like(ids_P, dtype=count_E.dtype))

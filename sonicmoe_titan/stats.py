@@ -90,6 +90,16 @@ class RouterStats:
         minus_tiles_e = torch.div(rows_e, -KERNEL_TILE_ROWS, rounding_mode="floor")
         self._tiles_E[: rows_e.shape[0]].sub_(minus_tiles_e)
 
+    def count_choices(self, ids_P: Tensor, *, into_E: Tensor | None = None) -> Tensor:
+        """(E,) float32, how often each expert was chosen; `bincount` would wait for the device.
+
+        Args:
+            ids_P: (P,) int64 experts.
+            into_E: what to add to, in place; zeros if None.
+        """
+        count_E = torch.zeros_like(self.load_E) if into_E is None else into_E
+        return count_E.scatter_add_(0, ids_P, self.one.expand_as(ids_P))
+
     def add(self, **values: Tensor | float) -> None:
         """Add to the named values; tensors are 0-d, on the device of `load_E`."""
         for name, value in values.items():
