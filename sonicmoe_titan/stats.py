@@ -97,6 +97,8 @@ class RouterStats:
             ids_P: (P,) int64 experts.
             into_E: what to add to, in place; zeros if None.
         """
+        if into_E is not None and into_E.dtype != self.one.dtype:
+            return into_E.add_(self.count_choices(ids_P))  # one by one, bf16 stops at 256
         count_E = torch.zeros_like(self.load_E) if into_E is None else into_E
         return count_E.scatter_add_(0, ids_P, self.one.expand_as(ids_P))
 
