@@ -125,12 +125,7 @@ def down(
 def dscore_parts(w2_EDF: Tensor, activation: str) -> int:
     """Number of partial sums of dS per row that `d_hidden` writes."""
     num_experts, d, f = w2_EDF.shape
-    return _dscore_parts(d, f, num_experts, w2_EDF.dtype, activation)
-
-
-@functools.cache
-def _dscore_parts(d: int, f: int, num_experts: int, dtype: torch.dtype, activation: str) -> int:
-    return row_gemm("d_hidden", d, f, num_experts, dtype, activation).n_tiles
+    return row_gemm("d_hidden", d, f, num_experts, w2_EDF.dtype, activation).n_tiles
 
 
 def d_hidden(
