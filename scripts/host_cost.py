@@ -24,7 +24,6 @@ import json
 import pstats
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -158,8 +157,10 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="load our kernels' host code")
     parser.add_argument("--gpu", action="store_true", help="use the GPU of this machine")
     arguments = parser.parse_args()
-    if not arguments.gpu and not dry_gpu.active():
-        dry_gpu.run_again_on_it(Path(tempfile.mkdtemp(prefix="sonicmoe-dry-gpu-")))
+    if not arguments.gpu:
+        if not dry_gpu.active():
+            dry_gpu.run_again_on_it()
+        dry_gpu.remove_library()
     torch.set_num_threads(1)
     if arguments.gpu:
         global clock

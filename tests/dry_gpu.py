@@ -9,14 +9,18 @@ driver's own work, 2 to 3 us a launch on an H100's host.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 SOURCE = Path(__file__).with_suffix(".c")
 ACTIVE = "SONICMOE_DRY_GPU"  # set in a process that runs on the dry GPU
+PREFIX = "sonicmoe-dry-gpu-"
 
 
 class Counts(NamedTuple):
@@ -33,8 +37,6 @@ class Counts(NamedTuple):
 
 def why_not() -> str:
     """Why there can be no dry GPU here, or an empty string."""
-    import shutil
-
     import torch
 
     if not str(torch.version.cuda).startswith("13."):
@@ -46,8 +48,6 @@ def why_not() -> str:
 
 def _headers() -> Path | None:
     """CUDA's headers as triton, which torch needs, brings them along."""
-    import importlib.util
-
     package = importlib.util.find_spec("triton")
     for folder in (package.submodule_search_locations or ()) if package else ():
         include = Path(folder) / "backends" / "nvidia" / "include"
@@ -66,11 +66,20 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": str(library), ACTIVE: "1"}
 
 
-def run_again_on_it(folder: Path) -> NoReturn:
-    """Replaces this process by itself on the dry GPU."""
+def run_again_on_it() -> NoReturn:
+    """Replaces this process by itself on the dry GPU; then `remove_library`."""
     if obstacle := why_not():
         sys.exit(f"no GPU can be played here: {obstacle}")
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     os.execve(sys.executable, [sys.executable, *sys.argv], environment(folder))
+
+
+def remove_library() -> None:
+    """Deletes what `run_again_on_it` built: this process has loaded it, its children need none."""
+    folder = Path(os.environ["LD_PRELOAD"]).parent
+    if folder.name.startswith(PREFIX):
+        del os.environ["LD_PRELOAD"]
+        shutil.rmtree(folder)
 
 
 def active() -> bool:
