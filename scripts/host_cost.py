@@ -1,20 +1,26 @@
 #!/usr/bin/env python3
-"""Host time of one forward and backward of `moe_experts`, launches left out, without a GPU.
+"""Host time of forward and backward of the MoE block at 1024 tokens, without a GPU.
 
-    python scripts/host_cost.py              microseconds of forward and of backward
-    python scripts/host_cost.py --profile    where Python spends them
+    python scripts/host_cost.py                    microseconds and launches
+    python scripts/host_cost.py --profile topk     where Python spends them
+    python scripts/host_cost.py --launches topk    every kernel of one forward and backward
+    python scripts/host_cost.py --counts           what a loaded machine cannot blur, as JSON
+    python scripts/host_cost.py --kernels          with our kernels' own host code; compiles them
+    python scripts/host_cost.py --gpu              on the GPU of this machine, driver included
 
-The hopper backend's own host code runs on small CPU tensors; every kernel is a function that does
-nothing. What it leaves out, per launch on a GPU: 2 to 3 us to hand the tensors over and 3 to 5 us
-of the driver. The whole cost on a GPU is `host_us` of bench_moe.py.
+Torch's whole CUDA path runs (tests/dry_gpu.py), on a device that executes nothing. What that leaves
+out: the driver, 2 to 3 us a launch on an H100's host, and without --kernels 1 to 2 us a launch to
+hand over the tensors. "experts" is `moe_experts` with a given plan; "topk" and "nearest" are the
+block as the trainer runs it, token choice and token rounding, statistics included. "each of 8" is
+what one more block costs in a chain: a lone backward pays for the autograd engine as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import cProfile
-import dataclasses
+import gc
+import json
 import pstats
 import statistics
 import sys
@@ -27,60 +33,148 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from sonicmoe_kernels import backends, hopper, moe, ops  # noqa: E402
+from sonicmoe_kernels import compile as kernel_cache  # noqa: E402
+from sonicmoe_kernels import hopper, hopper_routing, routing_ops  # noqa: E402
 
-from tests.cases import Case, make_inputs, make_plan  # noqa: E402
+from tests import dry_gpu, host_block  # noqa: E402
 
-CASE = Case(16, 64, 64, E=8, K=2)
-REPEATS = 2000
+SUBJECTS = ("experts", "topk", "nearest")
+WARM_STEPS, STEPS, ROUNDS = 20, 100, 5
+CHAIN = 8
 
 
-def pretend_hopper() -> None:
-    """Send CPU tensors down the hopper path, with kernels that do nothing."""
+# Without a GPU to wait for, CPU time of all threads: others may use the machine meanwhile.
+clock = time.process_time
 
-    def load(spec: object) -> Callable[..., None]:
-        return lambda *arguments: None
 
-    backends._hopper_obstacle = lambda *facts: ""
-    hopper.kernel_cache.load = load
-    hopper.make_ready = lambda specs: None  # nothing to compile
-    hopper._num_ctas = lambda device_index: 132
-    torch.cuda.device = lambda device: contextlib.nullcontext()
-    assert ops._resolve("hopper", torch.empty(1, 64), torch.empty(1, 64, 64)) == "hopper"
+ours: list[str] = []  # kernels of ours that were launched and left out
+
+
+def leave_out_kernels() -> None:
+    """Make every kernel of ours a function that notes its launch."""
+
+    def load(spec: kernel_cache.KernelSpec) -> Callable[..., None]:
+        return lambda *arguments: ours.append(spec.kernel)
+
+    kernel_cache.load = load
+    for module in (hopper, hopper_routing, routing_ops):
+        module.make_ready = lambda specs: None  # nothing to compile
+
+
+def build(subject: str, count: int = 1) -> host_block.Subject:
+    if subject == "experts":
+        return host_block.HostExperts(count=count)
+    return host_block.HostBlocks(subject, count=count)
+
+
+def step(subject: host_block.Subject) -> tuple[float, float]:
+    """Seconds of the host in forward and in backward."""
+    begin = clock()
+    out = subject.forward()
+    middle = clock()
+    subject.backward(out)
+    return middle - begin, clock() - middle
+
+
+def warm_up(subject: host_block.Subject) -> None:
+    gc.collect()
+    gc.disable()  # as TorchTitan does, which collects between steps
+    for _ in range(WARM_STEPS):
+        step(subject)
+
+
+def fastest_median_us(subject: host_block.Subject) -> tuple[float, float]:
+    """Microseconds of forward and of backward: medians of each round, those of the best round."""
+    warm_up(subject)
+    rounds = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        spans = [step(subject) for _ in range(STEPS)]
+        rounds.append([1e6 * statistics.median(part) for part in zip(*spans, strict=True)])
+    forward, backward = min(rounds, key=sum)
+    return forward, backward
+
+
+def report() -> None:
+    print("us                 forward  backward     both   each of 8   launches")
+    for name in SUBJECTS:
+        one, chain = build(name), build(name, CHAIN)
+        forward, backward = fastest_median_us(one)
+        each = (sum(fastest_median_us(chain)) - forward - backward) / (CHAIN - 1)
+        launches = "" if not dry_gpu.active() else str(len(launched(one)))
+        print(
+            f"{name:17} {forward:9.1f} {backward:9.1f} {forward + backward:8.1f} {each:11.1f}"
+            f"   {launches:>8}"
+        )
+
+
+def launched(subject: host_block.Subject) -> list[str]:
+    """Names of the kernels of one step, those left out last."""
+    warm_up(subject)
+    before = dry_gpu.counts().launches
+    ours.clear()
+    step(subject)
+    return dry_gpu.launch_names(before, dry_gpu.counts().launches) + ours
+
+
+def counted(subject: host_block.Subject) -> dict[str, int]:
+    """What one step asks of the device and how often it calls Python functions and built-ins."""
+    warm_up(subject)
+    calls, watching = 0, True
+
+    def watch(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += watching and event in ("call", "c_call")
+
+    before = dry_gpu.counts()
+    ours.clear()
+    sys.setprofile(watch)
+    out = subject.forward()
+    sys.setprofile(None)
+    out.register_hook(lambda gradient: sys.setprofile(watch))  # runs in autograd's own thread
+    subject.backward(out)
+    watching = False
+    asked = dry_gpu.counts().since(before)
+    return {**asked._asdict(), "launches": asked.launches + len(ours), "calls": calls}
+
+
+def profile(subject: host_block.Subject) -> None:
+    """Python's own view; the backward pass of a CUDA tensor runs in a thread that it cannot see."""
+    warm_up(subject)
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(STEPS):
+        step(subject)
+    profiler.disable()
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(40)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", action="store_true", help="print Python's hottest functions")
+    parser.add_argument("--profile", choices=SUBJECTS, help="print Python's hottest functions")
+    parser.add_argument("--launches", choices=SUBJECTS, help="print the kernels of one step")
+    parser.add_argument("--counts", action="store_true", help="print what one step asks for")
+    parser.add_argument("--kernels", action="store_true", help="load our kernels' host code")
+    parser.add_argument("--gpu", action="store_true", help="use the GPU of this machine")
     arguments = parser.parse_args()
+    if not arguments.gpu:
+        if not dry_gpu.active():
+            dry_gpu.run_again_on_it()
+        dry_gpu.remove_library()
     torch.set_num_threads(1)
-    pretend_hopper()
-    inputs = make_inputs(CASE, dtype=torch.bfloat16)
-    routed = make_plan(CASE, inputs.pairs)
-    leaves = [t.requires_grad_() for t in inputs[:4]]
-    plan = dataclasses.replace(routed, score_R=routed.score_R.requires_grad_())
-    wanted = [*leaves, plan.score_R]
-
-    def forward() -> torch.Tensor:
-        return moe.moe_experts(*leaves, plan, backend="hopper")
-
-    spans: list[tuple[float, float]] = []
-    profiler = cProfile.Profile()
-    for step in range(REPEATS):
-        if arguments.profile and step == REPEATS // 2:
-            profiler.enable()
-        begin = time.perf_counter()
-        out_TD = forward()
-        middle = time.perf_counter()
-        torch.autograd.grad(out_TD, wanted, inputs.dout_TD)
-        spans.append((middle - begin, time.perf_counter() - middle))
-    profiler.disable()
-    forward_us, backward_us = (1e6 * statistics.median(part) for part in zip(*spans, strict=True))
+    if arguments.gpu:
+        global clock
+        clock = time.perf_counter
+    if not arguments.kernels and not arguments.gpu:
+        leave_out_kernels()
     if arguments.profile:
-        pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
+        profile(build(arguments.profile))
+    elif arguments.launches:
+        print("\n".join(launched(build(arguments.launches))))
+    elif arguments.counts:
+        print(json.dumps({name: counted(build(name)) for name in SUBJECTS}))
     else:
-        total = forward_us + backward_us
-        print(f"forward {forward_us:.1f} us, backward {backward_us:.1f} us, both {total:.1f} us")
+        report()
 
 
 if __name__ == "__main__":

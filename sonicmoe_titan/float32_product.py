@@ -26,7 +26,7 @@ class _Float32Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         if _on_tensor_cores(x, weight):
             logits_TE = torch.mm(x.flatten(0, -2), weight.t(), out_dtype=torch.float32)
-            return logits_TE.unflatten(0, x.shape[:-1])
+            return logits_TE.view(*x.shape[:-1], -1)
         return F.linear(x.float(), weight.float())
 
     @staticmethod
@@ -47,11 +47,32 @@ def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
 
 
 def _backward_in_halves(dlogits: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dlogits_TE = dlogits.flatten(0, -2)
-    high_TE = dlogits_TE.bfloat16()
-    low_TE = (dlogits_TE - high_TE).bfloat16()
-    halves_T2E = torch.cat([high_TE, low_TE], dim=1)
+    halves_T2E = _halves(dlogits.flatten(0, -2))
     dx_TD = halves_T2E @ torch.cat([weight, weight])
     dweight_2ED = torch.mm(halves_T2E.t(), x.flatten(0, -2), out_dtype=torch.float32)
-    dweight_ED = dweight_2ED.view(2, *weight.shape).sum(0)
-    return dx_TD.view_as(x), dweight_ED.to(weight.dtype)
+    return dx_TD.view_as(x), _rounded_sum(*dweight_2ED.view(2, *weight.shape), like=weight)
+
+
+def _may_use_out() -> bool:
+    """Whether `out` saves launches: a compiler fuses by itself, and autograd refuses it."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled())
+
+
+def _halves(dlogits_TE: Tensor) -> Tensor:
+    """(T, 2E) bf16: what bf16 holds of each number, and what it holds of the rest."""
+    if not _may_use_out():
+        high_TE = dlogits_TE.bfloat16()
+        return torch.cat([high_TE, (dlogits_TE - high_TE).bfloat16()], dim=1)
+    T, E = dlogits_TE.shape
+    halves_T2E = torch.empty((T, 2 * E), dtype=torch.bfloat16, device=dlogits_TE.device)
+    high_TE, low_TE = halves_T2E[:, :E], halves_T2E[:, E:]
+    high_TE.copy_(dlogits_TE)
+    torch.sub(dlogits_TE, high_TE, out=low_TE)
+    return halves_T2E
+
+
+def _rounded_sum(a: Tensor, b: Tensor, *, like: Tensor) -> Tensor:
+    """a + b in their float32, rounded once to the dtype of `like`."""
+    if not _may_use_out():
+        return (a + b).to(like.dtype)
+    return torch.add(a, b, out=torch.empty_like(like))

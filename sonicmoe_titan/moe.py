@@ -49,9 +49,13 @@ class SonicGroupedExperts(GroupedExperts):
 
     def local_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's w1 (e, F, D), w3 (e, F, D) and w2 (e, D, F) in `dtype`."""
-        weights = (self.w1_EFD, self.w3_EFD, self.w2_EDF)
-        local = [w.to_local() if isinstance(w, DTensor) else w for w in weights]
-        return local[0].to(dtype), local[1].to(dtype), local[2].to(dtype)
+        w1, w3, w2 = self.w1_EFD, self.w3_EFD, self.w2_EDF
+        return _local(w1, dtype), _local(w3, dtype), _local(w2, dtype)
+
+
+def _local(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    weight = weight.to_local() if isinstance(weight, DTensor) else weight
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 class SonicRoutedExperts(RoutedExperts):
@@ -72,13 +76,14 @@ class SonicRoutedExperts(RoutedExperts):
         super().__init__(config)
         self.config = config
         self.ep_group: dist.ProcessGroup | None = None
+        self._has_fixed_top_k = isinstance(self.token_dispatcher, FIXED_TOP_K_DISPATCHERS)
 
     def forward(  # pyrefly: ignore [bad-override]
         self,
         x_BLD: Tensor,
         topk_scores_BLK: Tensor,
         topk_expert_ids_BLK: Tensor,
-        num_local_tokens_per_expert_E: Tensor,
+        num_local_tokens_per_expert_E: Tensor | None,
         scores_BLE: Tensor,
     ) -> Tensor:
         """Sum of each token's expert outputs times their scores.
@@ -87,7 +92,8 @@ class SonicRoutedExperts(RoutedExperts):
             x_BLD: (B, L, D).
             topk_scores_BLK: (B, L, K) float32.
             topk_expert_ids_BLK: (B, L, K) int64.
-            num_local_tokens_per_expert_E: (E,) tokens per expert before rounding.
+            num_local_tokens_per_expert_E: (E,) tokens per expert before rounding; may be None where
+                not `reads_counts`.
             scores_BLE: (B, L, E) float32, what an added (token, expert) entry would score.
 
         Returns:
@@ -98,27 +104,34 @@ class SonicRoutedExperts(RoutedExperts):
         counting = self.training and first_pass()
         w1, w3, w2 = self.inner_experts.local_weights(x_TD.dtype)
 
-        def experts(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        def experts(x_TD: Tensor, plan: RoutingPlan, rows_E: Tensor | None = None) -> Tensor:
             if counting:
-                self.stats.add_tiles(plan.expert_offsets)
+                self.stats.add_tiles(plan.expert_offsets.diff() if rows_E is None else rows_E)
             return moe_experts(x_TD, w1, w3, w2, plan, backend=self.config.backend)
 
-        if isinstance(self.token_dispatcher, FIXED_TOP_K_DISPATCHERS):
+        if self._has_fixed_top_k and count_E is not None:
             if counting:
-                self.stats.add_rows(count_E, _offsets(count_E))
+                self.stats.add_rows(count_E)
             out_TD = self._through_dispatcher(x_TD, scores_TK, ids_TK, count_E, experts)
             return out_TD.view_as(x_BLD)
 
-        plan = self._plan(ids_TK, scores_TK, scores_BLE.flatten(0, 1))
+        plan, rows_E = self._plan(ids_TK, scores_TK, scores_BLE.flatten(0, 1)), None
         if counting:
-            self.stats.add_rows(count_E, plan.expert_offsets)
+            rows_E = plan.expert_offsets.diff()
+            self.stats.add_rows(rows_E, count_E)
         if self.ep_group is None:
-            out_TD = experts(x_TD, plan)
+            out_TD = experts(x_TD, plan, rows_E)
         else:
             out_TD = expert_parallel(
                 x_TD, plan, experts, group=self.ep_group, redispatch_x=self.config.redispatch_x
             )
         return out_TD.view_as(x_BLD)
+
+    @property
+    def reads_counts(self) -> bool:
+        """Whether `forward` needs the tokens per expert before rounding."""
+        rounding = self.config.router != "topk" and self.training
+        return rounding or self._has_fixed_top_k
 
     def _plan(self, ids_TK: Tensor, scores_TK: Tensor, scores_TE: Tensor) -> RoutingPlan:
         if self.config.router == "topk" or not self.training:
@@ -209,16 +222,32 @@ class SonicMoE(MoE):
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D): routed experts plus the shared experts if there are any."""
         scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
-        chosen_BLE = torch.zeros_like(scores_BLE, dtype=torch.bool).scatter_(-1, ids_BLK, True)
-        num_tokens_E = chosen_BLE.sum(dim=(0, 1))
-        if self.training:
-            with torch.no_grad():
-                # before rounding: the aux-free bias balances what the router prefers
-                self.tokens_per_expert_E.add_(num_tokens_E)
-        out_BLD = self.routed_experts(x_BLD, scores_BLK, ids_BLK, num_tokens_E, scores_BLE)
+        count_E = self._count(ids_BLK, scores_BLE)
+        out_BLD = self.routed_experts(x_BLD, scores_BLK, ids_BLK, count_E, scores_BLE)
         if self.shared_experts is None:
             return out_BLD
         return out_BLD + self.shared_experts(x_BLD)
+
+    def _count(self, ids_BLK: Tensor, scores_BLE: Tensor) -> Tensor | None:
+        """Tokens per expert before rounding (the aux-free bias balances what the router prefers).
+
+        Adds to the running count in training. Returns (E,), or None where nobody reads it.
+        """
+        if isinstance(ids_BLK, DTensor):
+            chosen_BLE = torch.zeros_like(scores_BLE, dtype=torch.bool).scatter_(-1, ids_BLK, True)
+            count_E = chosen_BLE.sum(dim=(0, 1))
+            if self.training:
+                self.tokens_per_expert_E.add_(count_E)
+            return count_E
+        ids_P = ids_BLK.flatten()
+        if self.routed_experts.reads_counts:
+            count_E = self.stats.count_choices(ids_P)
+            if self.training:
+                self.tokens_per_expert_E.add_(count_E)
+            return count_E
+        if self.training:
+            self.stats.count_choices(ids_P, into_E=self.tokens_per_expert_E)
+        return None
 
     def _init_self_buffers(self, *, buffer_device: torch.device | None = None) -> None:
         super()._init_self_buffers(buffer_device=buffer_device)

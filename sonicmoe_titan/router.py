@@ -115,7 +115,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             topk = self._observe(logits_TE, topk)
         K, scores_TE = self.top_k, topk.scores_TE
         if not scores_TE.shape[1]:
-            scores_TE = scores_TE.new_zeros(()).expand(B * L, E)
+            scores_TE = self.stats.zero.expand(B * L, E)
         return (
             topk.scores_TK.view(B, L, K),
             topk.ids_TK.view(B, L, K),
@@ -139,14 +139,21 @@ class SonicRouter(TokenChoiceTopKRouter):
 
     def _observe(self, logits_TE: Tensor, topk: TopK) -> TopK:
         """Attach the auxiliary losses to the scores and add to the statistics."""
-        seen: dict[str, Tensor | float] = {"microbatches": 1, "tokens": logits_TE.shape[0]}
-        seen["entropy"] = self._entropy(logits_TE.detach())
-        loss: Tensor | float = 0.0
+        if first_pass():
+            self.stats.add(microbatches=1, tokens=logits_TE.shape[0])
+            self._add_entropy(logits_TE.detach())
+        if not self.aux_loss_coeff and not self.z_loss_coeff:
+            return topk
+        return self._attach_losses(logits_TE, topk)
+
+    def _attach_losses(self, logits_TE: Tensor, topk: TopK) -> TopK:
+        seen: dict[str, Tensor] = {}
+        loss = self.stats.zero
         if self.aux_loss_coeff:
             probability_TE = self._probability(logits_TE, topk.scores_TE)
             seen["aux_loss"] = load_balancing_loss(
                 probability_TE,
-                _count(topk.ids_TK, self.num_experts),
+                self.stats.count_choices(topk.ids_TK.flatten()),
                 top_k=self.top_k,
                 groups=self.balance_groups,
             )
@@ -155,10 +162,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             seen["z_loss"] = z_loss(logits_TE)
             loss = loss + self.z_loss_coeff * seen["z_loss"]
         if first_pass():
-            with torch.no_grad():
-                self.stats.add(**seen)
-        if not isinstance(loss, Tensor):
-            return topk
+            self.stats.add(**{name: value.detach() for name, value in seen.items()})
         if self.loss_scale is None:
             raise ValueError(
                 "aux_loss_coeff and z_loss_coeff need the weight of a forward pass in the step: "
@@ -176,7 +180,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             return logits_TE.softmax(dim=-1)
         return scores_TE if self.route_scale == 1 else scores_TE / self.route_scale
 
-    def _entropy(self, logits_TE: Tensor) -> Tensor:
+    def _add_entropy(self, logits_TE: Tensor) -> None:
         """Nats summed over all tokens, from a sample: the statistic must cost next to nothing."""
         T = logits_TE.shape[0]
         sample_SE = logits_TE[:: max(1, T // ENTROPY_SAMPLE)]
@@ -185,7 +189,9 @@ class SonicRouter(TokenChoiceTopKRouter):
             probability_SE = raw_SE / raw_SE.sum(dim=-1, keepdim=True)
         else:
             probability_SE = sample_SE.softmax(dim=-1)
-        return torch.special.entr(probability_SE).sum(dim=-1).mean() * T
+        # not special.entr: CUDA compiles that one at run time
+        minus_nats = torch.xlogy(probability_SE, probability_SE).sum()
+        self.stats.add_multiple("entropy", minus_nats, -T / sample_SE.shape[0])
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard the gate as stock does and find the ranks that the losses average over."""
@@ -207,12 +213,5 @@ class SonicRouter(TokenChoiceTopKRouter):
     def set_loss_scale(self, scale: float) -> None:
         """See `sonicmoe_titan.aux_loss.set_loss_scale`."""
         if self.loss_scale is None:
-            self.loss_scale = torch.zeros((), device=self.stats.values_V.device)
+            self.loss_scale = torch.zeros((), device=self.stats.load_E.device)
         self.loss_scale.fill_(scale * self.loss_share)
-
-
-def _count(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """(E,) how often each expert was chosen; `bincount` would wait for the device."""
-    ids_P = ids_TK.flatten()
-    count_E = torch.zeros(num_experts, device=ids_P.device)
-    return count_E.scatter_add(0, ids_P, torch.ones_like(ids_P, dtype=count_E.dtype))

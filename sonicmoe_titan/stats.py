@@ -19,15 +19,16 @@ class RouterStats:
     Plain tensors, updated in place, made before the first forward pass: a captured CUDA graph keeps
     adding to them at every replay. They are no module buffers, so neither checkpoints nor sharding
     see them. Training only, and recomputation adds nothing. Sums over one process; consumers add
-    over ranks and divide by "microbatches" or "tokens".
+    over ranks and divide by "microbatches" or "tokens". A forward pass launches as little as it
+    can: sums over experts wait until somebody reads `values_V`.
 
     Of the names: "rows_computed" counts whole GEMM tiles where the experts run; "rows_added" and
     "rows_dropped" are token rounding's; "entropy" is in nats, summed over tokens, estimated from a
     sample of them; "aux_loss" and "z_loss" come without their coefficients.
 
     Attributes:
-        values_V: (V,) float32, in the order of NAMES.
         load_E: (E,) float32, rows per expert after routing and rounding, as this process sent them.
+        zero, one: float32 constants on the device, 0-d.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = (
@@ -48,40 +49,72 @@ class RouterStats:
 
     def allocate(self, device: torch.device) -> None:
         """Make the tensors on `device`, at zero; outside any graph capture."""
-        self.values_V = torch.zeros(len(self.NAMES), dtype=torch.float32, device=device)
-        self.load_E = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
-    def add_rows(self, chosen_E: Tensor, expert_offsets: Tensor) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.zero, self.one = zeros(), zeros() + 1
+        self._values_V = zeros(len(self.NAMES))
+        self.load_E, self._tiles_E, self._added_E, self._change_E = (
+            zeros(self.num_experts) for _ in range(4)
+        )
+
+    @property
+    def values_V(self) -> Tensor:
+        """(V,) float32, in the order of NAMES: always the same tensor, up to date as it is read."""
+        sums = {
+            "rows": self.load_E,
+            "rows_computed": self._tiles_E * KERNEL_TILE_ROWS,
+            "rows_added": self._added_E,
+            "rows_dropped": self._added_E - self._change_E,
+        }
+        for name, sum_E in sums.items():
+            self._values_V[self.NAMES.index(name)] = sum_E.sum()
+        return self._values_V
+
+    def add_rows(self, rows_E: Tensor, chosen_E: Tensor | None = None) -> None:
         """Count the routed rows.
 
         Args:
-            chosen_E: (E,) rows per expert before rounding.
-            expert_offsets: (E + 1,) where each expert's rows start after rounding.
+            rows_E: (E,) rows per expert.
+            chosen_E: (E,) rows per expert before rounding; None where nothing rounds.
         """
-        rows_E = expert_offsets.diff().float()
-        change_E = rows_E - chosen_E
         self.load_E.add_(rows_E)
-        self.add(
-            rows=rows_E.sum(),
-            rows_added=change_E.clamp(min=0).sum(),
-            rows_dropped=-change_E.clamp(max=0).sum(),
-        )
+        if chosen_E is not None:
+            change_E = rows_E - chosen_E
+            self._change_E.add_(change_E)
+            self._added_E.add_(change_E.clamp(min=0))
 
-    def add_tiles(self, expert_offsets: Tensor) -> None:
-        """Count the rows of the whole tiles that the experts of a plan compute."""
-        rows_e = expert_offsets.diff()
-        tiles_e = torch.div(rows_e + KERNEL_TILE_ROWS - 1, KERNEL_TILE_ROWS, rounding_mode="floor")
-        self.add(rows_computed=tiles_e.sum() * KERNEL_TILE_ROWS)
+    def add_tiles(self, rows_e: Tensor) -> None:
+        """Count the rows of the whole tiles of experts with (e,) rows, all of them or a share."""
+        minus_tiles_e = torch.div(rows_e, -KERNEL_TILE_ROWS, rounding_mode="floor")
+        self._tiles_E[: rows_e.shape[0]].sub_(minus_tiles_e)
+
+    def count_choices(self, ids_P: Tensor, *, into_E: Tensor | None = None) -> Tensor:
+        """(E,) float32, how often each expert was chosen; `bincount` would wait for the device.
+
+        Args:
+            ids_P: (P,) int64 experts.
+            into_E: what to add to, in place; zeros if None.
+        """
+        if into_E is not None and into_E.dtype != self.one.dtype:
+            return into_E.add_(self.count_choices(ids_P))  # one by one, bf16 stops at 256
+        count_E = torch.zeros_like(self.load_E) if into_E is None else into_E
+        return count_E.scatter_add_(0, ids_P, self.one.expand_as(ids_P))
 
     def add(self, **values: Tensor | float) -> None:
-        """Add to the named values; tensors are 0-d, on the device of `values_V`."""
+        """Add to the named values; tensors are 0-d, on the device of `load_E`."""
         for name, value in values.items():
-            self.values_V[self.NAMES.index(name)].add_(value)
+            self._values_V[self.NAMES.index(name)].add_(value)
+
+    def add_multiple(self, name: str, value: Tensor, factor: float) -> None:
+        """Add `factor` times a 0-d tensor to the named value, in one launch."""
+        self._values_V[self.NAMES.index(name)].add_(value, alpha=factor)
 
     def reset(self) -> None:
         """Set every sum to zero, in place."""
-        self.values_V.zero_()
-        self.load_E.zero_()
+        for sums in (self._values_V, self.load_E, self._tiles_E, self._added_E, self._change_E):
+            sums.zero_()
 
 
 def first_pass() -> bool:

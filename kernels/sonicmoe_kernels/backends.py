@@ -177,7 +177,7 @@ def resolve_plan_backend(
     T, K = ids_TK.shape
     obstacle = _device_obstacle_once(ids_TK.device)
     obstacle = obstacle or why_illegal_routing(num_experts, K) or ""
-    if not obstacle and any(tensor.dtype == torch.float64 for tensor in floats):
+    if not obstacle and torch.float64 in [tensor.dtype for tensor in floats]:
         obstacle = "scores or draws are float64"
     if not obstacle and T > MAX_ROUTED_TOKENS:
         obstacle = f"T={T} tokens are more than {MAX_ROUTED_TOKENS}"

@@ -181,6 +181,14 @@ def weight_gemm(
     return pick_weights(kernel, d=d, f=f, halves=halves, dtype=_DTYPES[dtype])
 
 
+@functools.cache
+def weight_kernel(
+    kernel: WeightKernel, d: int, f: int, halves: int, dtype: torch.dtype
+) -> Callable[..., None]:
+    """The loaded kernel that serves these sizes; one look-up a launch."""
+    return kernel_cache.load(weight_gemm(kernel, d, f, halves, dtype))
+
+
 def d_weight2(
     dout_TD: Tensor,
     token_idx_R: Tensor,
@@ -190,7 +198,7 @@ def d_weight2(
 ) -> None:
     """Kernel 5: writes dW2 = dO[idx]^T A' of every expert."""
     _, d, f = dw2_EDF.shape
-    kernel = kernel_cache.load(weight_gemm("d_weight2", d, f, 1, dw2_EDF.dtype))
+    kernel = weight_kernel("d_weight2", d, f, 1, dw2_EDF.dtype)
     ctas = _num_ctas(dout_TD.device.index)
     kernel(dout_TD, token_idx_R, expert_offsets, a_scaled_RF, dw2_EDF, None, ctas)
 
@@ -206,7 +214,7 @@ def d_weight13(
     """Kernel 7: writes dW1 and dW3 = dH^T X[idx] of every expert; dW1 alone without gate."""
     _, f, d = dw1_EFD.shape
     halves = 1 if dw3_EFD is None else 2
-    kernel = kernel_cache.load(weight_gemm("d_weight13", d, f, halves, dw1_EFD.dtype))
+    kernel = weight_kernel("d_weight13", d, f, halves, dw1_EFD.dtype)
     ctas = _num_ctas(x_TD.device.index)
     kernel(x_TD, token_idx_R, expert_offsets, dh_RHF, dw1_EFD, dw3_EFD, ctas)
 
@@ -217,6 +225,14 @@ def aggregation(
 ) -> Aggregation:
     """The configuration that serves these sizes."""
     return Aggregation(d, _DTYPES[dtype], rows_per_token, weighted, residual)
+
+
+@functools.cache
+def aggregation_kernel(
+    d: int, dtype: torch.dtype, rows_per_token: int | None, weighted: bool, residual: bool
+) -> Callable[..., None]:
+    """The loaded kernel that serves these sizes; one look-up a launch."""
+    return kernel_cache.load(aggregation(d, dtype, rows_per_token, weighted, residual))
 
 
 def aggregate(
@@ -230,8 +246,8 @@ def aggregate(
     add_TD: Tensor | None = None,
 ) -> None:
     """Kernels 3 and 8: writes the (weighted) sum of every token's rows, plus add_TD."""
-    spec = aggregation(
+    kernel = aggregation_kernel(
         y_RD.shape[1], y_RD.dtype, rows_per_token, score_R is not None, add_TD is not None
     )
     offsets = token_offsets if rows_per_token is None else None
-    kernel_cache.load(spec)(y_RD, token_rows_R, offsets, score_R, add_TD, out_TD)
+    kernel(y_RD, token_rows_R, offsets, score_R, add_TD, out_TD)

@@ -66,17 +66,14 @@ class PlanTensors(NamedTuple):
 
 def empty_plan(like: Tensor, num_tokens: int, num_experts: int, r_max: int) -> PlanTensors:
     """Uninitialised tensors on the device of `like`."""
-
-    def empty(length: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(length, dtype=dtype, device=like.device)
-
+    empty, i32, device = torch.empty, torch.int32, like.device
     return PlanTensors(
-        token_idx_R=empty(r_max),
-        score_R=empty(r_max, torch.float32),
-        expert_offsets=empty(num_experts + 1),
-        token_offsets=empty(num_tokens + 1),
-        token_rows_R=empty(r_max),
-        source_R=empty(r_max),
+        token_idx_R=empty(r_max, dtype=i32, device=device),
+        score_R=empty(r_max, dtype=torch.float32, device=device),
+        expert_offsets=empty(num_experts + 1, dtype=i32, device=device),
+        token_offsets=empty(num_tokens + 1, dtype=i32, device=device),
+        token_rows_R=empty(r_max, dtype=i32, device=device),
+        source_R=empty(r_max, dtype=i32, device=device),
     )
 
 

@@ -28,22 +28,26 @@ def _check(
         )
     num_tokens, dim = x_TD.shape
     num_experts, expert_dim, _ = w1_EFD.shape
-    expected = {"w1": (w1_EFD, (num_experts, expert_dim, dim))}
-    if w3_EFD is not None:
-        expected["w3"] = (w3_EFD, (num_experts, expert_dim, dim))
-    expected["w2"] = (w2_EDF, (num_experts, dim, expert_dim))
-    for name, (weight, shape) in expected.items():
-        if tuple(weight.shape) != shape:
+    up_shape, down_shape = (num_experts, expert_dim, dim), (num_experts, dim, expert_dim)
+    dtype, device = x_TD.dtype, x_TD.device
+    for name, weight, shape in (
+        ("w1", w1_EFD, up_shape),
+        ("w3", w3_EFD, up_shape),
+        ("w2", w2_EDF, down_shape),
+    ):
+        if weight is None:
+            continue
+        if weight.shape != shape:
             raise ValueError(
                 f"{name} is {tuple(weight.shape)}, expected {shape} for D={dim}, F={expert_dim}, "
                 f"E={num_experts}"
             )
-        if weight.dtype != x_TD.dtype or weight.device != x_TD.device:
+        if weight.dtype != dtype or weight.device != device:
             raise ValueError(
                 f"{name} is {weight.dtype} on {weight.device} but x is {x_TD.dtype} on "
                 f"{x_TD.device}; cast or move one of them"
             )
-    if x_TD.dtype not in _DTYPES:
+    if dtype not in _DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(f"x is {x_TD.dtype}; accepted: {accepted}")
     if plan.num_tokens != num_tokens or plan.num_experts != num_experts:
@@ -51,7 +55,7 @@ def _check(
             f"the plan routes {plan.num_tokens} tokens to {plan.num_experts} experts, but x has "
             f"{num_tokens} tokens and w1 {num_experts} experts; build the plan for this batch"
         )
-    if plan.token_idx_R.device != x_TD.device:
+    if plan.token_idx_R.device != device:
         raise ValueError(
             f"the plan is on {plan.token_idx_R.device} but x is on {x_TD.device}; "
             "build the plan where x is"
@@ -98,8 +102,13 @@ def moe_experts(
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; accepted: {', '.join(BACKENDS)}")
     _check(x_TD, w1_EFD, w3_EFD, w2_EDF, plan)
-    inputs = (x_TD, w1_EFD, w3_EFD, w2_EDF, plan.score_R)
-    needs_h = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    needs_h = torch.is_grad_enabled() and (
+        x_TD.requires_grad
+        or w1_EFD.requires_grad
+        or w2_EDF.requires_grad
+        or plan.score_R.requires_grad
+        or (w3_EFD is not None and w3_EFD.requires_grad)
+    )
     out_TD, _ = ops.experts(
         x_TD.contiguous(),
         w1_EFD.contiguous(),

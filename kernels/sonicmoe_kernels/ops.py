@@ -9,7 +9,8 @@ second backward through the same graph raises torch's own version-counter error.
 
 Bytes kept for backward, beside parameters: x (T D) and H (R_max halves F) in their dtype, and the
 plan: 4 (3 R_max + (E + 1) + (T + 1)).
-`Library.define` is used and not `custom_op`: the call costs 4 us instead of 31 us.
+`Library.define` is used and not `custom_op`: the call costs 4 us instead of 31 us. See also
+`thin_autograd`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from sonicmoe_kernels import hopper_experts, reference
 from sonicmoe_kernels.backends import resolve_backend
+from sonicmoe_kernels.thin_autograd import ThinOp
 
 __all__ = ["SAVE_OPS", "experts"]
 
@@ -132,7 +134,7 @@ def _experts_backward(
         **in_place,
     )
     # An op's outputs are tensors: what nobody asked for is an empty one.
-    return tuple(x.new_empty(0) if g is None else g for g in gradients)
+    return tuple([x.new_empty(0) if g is None else g for g in gradients])
 
 
 def _experts_backward_fake(
@@ -157,87 +159,84 @@ def _experts_backward_fake(
     )
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, w1, w3, w2, token_idx, score, expert_offsets, token_offsets, token_rows = inputs[:9]
-    ctx.rows_per_token, ctx.activation, ctx.backend, _, ctx.inplace_dh = inputs[9:]
-    h = output[1]
-    ctx.mark_non_differentiable(h)
-    ctx.set_materialize_grads(False)  # or autograd fills zeros for H: 3% of a step on an H100
-    ctx.save_for_backward(
-        x, w1, w3, w2, h, token_idx, score, expert_offsets, token_offsets, token_rows
-    )
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        out, h = experts.below_autograd(keys, *inputs)
+        x, w1, w3, w2, *plan = inputs[:9]
+        ctx.rows_per_token, ctx.activation, ctx.backend, _, ctx.inplace_dh = inputs[9:]
+        ctx.mark_non_differentiable(h)
+        ctx.set_materialize_grads(False)  # or autograd fills zeros for H: 3% of a step on an H100
+        ctx.save_for_backward(x, w1, w3, w2, h, *plan)
+        return out, h
+
+    @staticmethod
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dout: Tensor | None, _dh: None
+    ) -> tuple[Tensor | None, ...]:
+        _, needs_dx, needs_dw1, needs_dw3, needs_dw2, _, needs_dscore = ctx.needs_input_grad[:7]
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, w1, w3, w2, h, *plan = ctx.saved_tensors
+        # Traced tensors are subclasses: a compiler may want H again, so it keeps it.
+        eager = type(dout) is Tensor and type(h) is Tensor and not torch.is_grad_enabled()
+        overwrite = ctx.inplace_dh and eager and _resolve(ctx.backend, x, w1) == "hopper"
+        backward = experts_backward_in_place if overwrite else experts_backward
+        dx, dw1, dw3, dw2, dscore = backward(
+            dout.contiguous(),
+            x,
+            w1,
+            w3,
+            w2,
+            h,
+            *plan,
+            ctx.rows_per_token,
+            ctx.activation,
+            ctx.backend,
+            needs_dx,
+            needs_dw1 or needs_dw3,
+            needs_dw2,
+        )
+        return (
+            None,
+            dx if needs_dx else None,
+            dw1 if needs_dw1 else None,
+            dw3 if needs_dw3 else None,
+            dw2 if needs_dw2 else None,
+            None,
+            dscore if needs_dscore else None,
+            *(None,) * 8,
+        )
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, _dh: Tensor | None) -> tuple[Any, ...]:
-    if dout is None:
-        return (None,) * len(ctx.needs_input_grad)
-    x, w1, w3, w2, h, *plan = ctx.saved_tensors
-    needs_dx, needs_dw1, needs_dw3, needs_dw2 = ctx.needs_input_grad[:4]
-    needs_dscore = ctx.needs_input_grad[5]
-    needs_dw13 = needs_dw1 or needs_dw3
-    # Traced tensors are subclasses: a compiler may want H again, so it keeps it.
-    eager = type(dout) is Tensor and type(h) is Tensor
-    overwrite = ctx.inplace_dh and eager and _resolve(ctx.backend, x, w1) == "hopper"
-    ops = torch.ops.sonicmoe
-    backward = ops.experts_backward_ if overwrite else ops.experts_backward
-    dx, dw1, dw3, dw2, dscore = backward(
-        dout.contiguous(),
-        x,
-        w1,
-        w3,
-        w2,
-        h,
-        *plan,
-        ctx.rows_per_token,
-        ctx.activation,
-        ctx.backend,
-        needs_dx,
-        needs_dw13,
-        needs_dw2,
-    )
-    return (
-        dx if needs_dx else None,
-        dw1 if needs_dw1 else None,
-        dw3 if needs_dw3 else None,
-        dw2 if needs_dw2 else None,
-        None,
-        dscore if needs_dscore else None,
-        *(None,) * 8,
-    )
+class _ExpertsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return experts_backward.below_autograd(keys, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            "moe_experts has no second derivative: its backward recomputes activations in a fused "
+            "kernel. Take gradients without create_graph=True."
+        )
 
 
-def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> None:
-    raise RuntimeError(
-        "moe_experts has no second derivative: its backward recomputes activations in a fused "
-        "kernel. Take gradients without create_graph=True."
-    )
-
-
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    pass
-
-
-_library.impl("experts", _experts, "CompositeExplicitAutograd")
-torch.library.register_fake("sonicmoe::experts", _experts_fake, lib=_library)
-torch.library.register_autograd(
-    "sonicmoe::experts", _differentiate, setup_context=_keep_for_backward, lib=_library
-)
-_library.impl("experts_backward", _experts_backward, "CompositeExplicitAutograd")
-_library.impl(
-    "experts_backward_",
-    functools.partial(_experts_backward, overwrite_h=True),
-    "CompositeExplicitAutograd",
-)
-for _name in ("experts_backward", "experts_backward_"):
-    torch.library.register_fake(f"sonicmoe::{_name}", _experts_backward_fake, lib=_library)
-torch.library.register_autograd(
+experts = ThinOp(_library, "sonicmoe::experts", _experts, _experts_fake, _Experts)
+experts_backward = ThinOp(
+    _library,
     "sonicmoe::experts_backward",
-    _refuse_second_derivative,
-    setup_context=_keep_nothing,
-    lib=_library,
+    _experts_backward,
+    _experts_backward_fake,
+    _ExpertsBackward,
 )
-
-experts = torch.ops.sonicmoe.experts.default
+# It runs where no gradient of its results can be asked for.
+experts_backward_in_place = ThinOp(
+    _library,
+    "sonicmoe::experts_backward_",
+    functools.partial(_experts_backward, overwrite_h=True),
+    _experts_backward_fake,
+)
 
 # What selective activation checkpointing keeps: O and H. No listed op outputs A or Y.
-SAVE_OPS = (experts,)
+SAVE_OPS = (experts.op,)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sonicmoe_kernels import hopper_routing
-from sonicmoe_kernels.thin_autograd import below_autograd, register
+from sonicmoe_kernels.thin_autograd import ThinOp
 
 __all__ = ["rounding_plan", "topk_plan"]
 
@@ -64,9 +64,13 @@ def _plan_scores_backward(
     dscore: Tensor, source: Tensor, chosen: int, added: int, every_pair_owns_a_row: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `chosen` and of `added` scores, flat; an empty one where the number is 0."""
-    make = torch.empty if every_pair_owns_a_row else torch.zeros
-    dchosen = make(chosen, dtype=torch.float32, device=dscore.device)
-    dadded = torch.zeros(added, dtype=torch.float32, device=dscore.device)
+
+    def make(length: int, *, filled: bool) -> Tensor:
+        # zeros of nothing take the host longer than nothing
+        fill = torch.empty if filled or not length else torch.zeros
+        return fill(length, dtype=torch.float32, device=dscore.device)
+
+    dchosen, dadded = make(chosen, filled=every_pair_owns_a_row), make(added, filled=False)
     hopper_routing.score_gradient(
         dscore.contiguous(), source, dchosen if chosen else None, dadded if added else None
     )
@@ -105,7 +109,7 @@ class _TopKPlan(torch.autograd.Function):
         ctx: Any, keys: Any, ids: Tensor, scores: Tensor, num_experts: int
     ) -> tuple[Tensor, ...]:
         ctx.shape = scores.shape
-        return _keep_source(ctx, below_autograd(topk_plan, keys, ids, scores, num_experts))
+        return _keep_source(ctx, topk_plan.below_autograd(keys, ids, scores, num_experts))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -122,7 +126,7 @@ class _RoundingPlan(torch.autograd.Function):
         ctx: Any, keys: Any, ids: Tensor, scores: Tensor, all_scores: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
         ctx.chosen_shape, ctx.all_shape = scores.shape, all_scores.shape
-        plan = below_autograd(rounding_plan, keys, ids, scores, all_scores, *rest)
+        plan = rounding_plan.below_autograd(keys, ids, scores, all_scores, *rest)
         return _keep_source(ctx, plan)
 
     @staticmethod
@@ -146,7 +150,7 @@ class _RoundingPlan(torch.autograd.Function):
 class _PlanScoresBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return below_autograd(plan_scores_backward, keys, *inputs)
+        return plan_scores_backward.below_autograd(keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -156,21 +160,14 @@ class _PlanScoresBackward(torch.autograd.Function):
         )
 
 
-topk_plan = torch.ops.sonicmoe.topk_plan.default
-rounding_plan = torch.ops.sonicmoe.rounding_plan.default
-plan_scores_backward = torch.ops.sonicmoe.plan_scores_backward.default
-
-for _op, _eager, _fake, _function in (
-    (topk_plan, _topk_plan, _topk_plan_fake, _TopKPlan),
-    (rounding_plan, _rounding_plan, _rounding_plan_fake, _RoundingPlan),
-    (
-        plan_scores_backward,
-        _plan_scores_backward,
-        _plan_scores_backward_fake,
-        _PlanScoresBackward,
-    ),
-):
-    _name = _op.name().removesuffix(".default")
-    _library.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(_name, _fake, lib=_library)
-    register(_library, _op, _function)
+topk_plan = ThinOp(_library, "sonicmoe::topk_plan", _topk_plan, _topk_plan_fake, _TopKPlan)
+rounding_plan = ThinOp(
+    _library, "sonicmoe::rounding_plan", _rounding_plan, _rounding_plan_fake, _RoundingPlan
+)
+plan_scores_backward = ThinOp(
+    _library,
+    "sonicmoe::plan_scores_backward",
+    _plan_scores_backward,
+    _plan_scores_backward_fake,
+    _PlanScoresBackward,
+)

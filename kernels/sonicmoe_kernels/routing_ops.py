@@ -23,7 +23,7 @@ from torch import Tensor
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.kernel_lists import topk_kernels
 from sonicmoe_kernels.parallel_build import make_ready
-from sonicmoe_kernels.thin_autograd import below_autograd, register
+from sonicmoe_kernels.thin_autograd import ThinOp
 from sonicmoe_kernels.tiles import TopKBackward, TopKForward, TopKOptions
 
 __all__ = ["SAVE_OPS", "route_topk"]
@@ -91,11 +91,12 @@ def _loadable_rows(rows: Tensor) -> Tensor:
 
 
 def _outputs(logits: Tensor, top_k: int, all_scores: bool) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_experts = logits.shape
+    (num_tokens, num_experts), device = logits.shape, logits.device
+    columns = num_experts if all_scores else 0
     return (
-        logits.new_empty((num_tokens, top_k), dtype=torch.int64),
-        logits.new_empty((num_tokens, top_k), dtype=torch.float32),
-        logits.new_empty((num_tokens, num_experts if all_scores else 0), dtype=torch.float32),
+        torch.empty((num_tokens, top_k), dtype=torch.int64, device=device),
+        torch.empty((num_tokens, top_k), dtype=torch.float32, device=device),
+        torch.empty((num_tokens, columns), dtype=torch.float32, device=device),
     )
 
 
@@ -110,7 +111,7 @@ def _route_topk(
     all_scores: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     ids, weights, scores = _outputs(logits, top_k, all_scores)
-    if len(ids):
+    if ids.shape[0]:
         choice = (top_k, score_func, softmax_order, renormalize, bias is not None)
         kernel = _forward_kernel(_options(logits.shape[1], logits.dtype, *choice), all_scores)
         bias = None if bias is None else _loadable(bias)
@@ -139,8 +140,9 @@ def _route_topk_backward(
     route_scale: float,
     has_bias: bool,
 ) -> Tensor:
-    dlogits = ids.new_empty((len(ids), num_experts), dtype=dtype)
-    if len(ids):
+    num_tokens = ids.shape[0]
+    dlogits = torch.empty((num_tokens, num_experts), dtype=dtype, device=ids.device)
+    if num_tokens:
         choice = (top_k, score_func, softmax_order, renormalize, has_bias)
         options = _options(num_experts, dtype, *choice)
         spec, kernel = _backward_kernel(options, dweights is not None, dscores is not None)
@@ -170,7 +172,7 @@ class _RouteTopK(torch.autograd.Function):
     def forward(
         ctx: Any, keys: Any, logits: Tensor, bias: Tensor | None, *static: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ids, weights, scores = below_autograd(route_topk, keys, logits, bias, *static)
+        ids, weights, scores = route_topk.below_autograd(keys, logits, bias, *static)
         *choice, route_scale, all_scores = static
         has_bias = bias is not None
         ctx.static = (logits.shape[1], logits.dtype, *choice, route_scale, has_bias)
@@ -199,7 +201,7 @@ class _RouteTopK(torch.autograd.Function):
 class _RouteTopKBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
-        return below_autograd(route_topk_backward, keys, *inputs)
+        return route_topk_backward.below_autograd(keys, *inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -209,17 +211,14 @@ class _RouteTopKBackward(torch.autograd.Function):
         )
 
 
-route_topk = torch.ops.sonicmoe.route_topk.default
-route_topk_backward = torch.ops.sonicmoe.route_topk_backward.default
-
-for _op, _eager, _fake, _function in (
-    (route_topk, _route_topk, _route_topk_fake, _RouteTopK),
-    (route_topk_backward, _route_topk_backward, _route_topk_backward_fake, _RouteTopKBackward),
-):
-    _name = _op.name().removesuffix(".default")
-    _library.impl(_name, _eager, "CompositeExplicitAutograd")
-    torch.library.register_fake(_name, _fake, lib=_library)
-    register(_library, _op, _function)
+route_topk = ThinOp(_library, "sonicmoe::route_topk", _route_topk, _route_topk_fake, _RouteTopK)
+route_topk_backward = ThinOp(
+    _library,
+    "sonicmoe::route_topk_backward",
+    _route_topk_backward,
+    _route_topk_backward_fake,
+    _RouteTopKBackward,
+)
 
 # What selective activation checkpointing keeps, so that the choice cannot change in between.
-SAVE_OPS = (route_topk,)
+SAVE_OPS = (route_topk.op,)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 WARM_STEPS = 3  # of a round, before it is timed
 PROFILED_STEPS = 5
-HOST_STEPS, HOST_S = 20, 0.4  # whichever comes first
+HOST_STEPS = 8  # in a row, so few that the launch queue never fills
+HOST_ROUNDS, HOST_S = 10, 0.4  # whichever comes first
 REPLAYS = 50
 STEPS_AHEAD = 16  # that the host may be ahead of the GPU in a timed loop
 TUNING_MS = {"warmup": 5, "rep": 25}  # of one candidate of a Triton autotuner, as quack's own has
@@ -101,14 +102,19 @@ def kernel_times(call: Callable[[], object]) -> dict[str, tuple[float, float]]:
 
 
 def host_us(call: Callable[[], object]) -> float:
-    """Median host time that one call takes to enqueue, the GPU being idle."""
+    """Median host time to enqueue one of several calls in a row, the GPU being idle at first.
+
+    In a row, as a training loop does: after a wait of some milliseconds for the GPU the code has
+    left the caches and autograd's thread has fallen asleep (docs/host_cost.md).
+    """
     spans: list[float] = []
     began = time.monotonic()
-    while len(spans) < 5 or (len(spans) < HOST_STEPS and time.monotonic() - began < HOST_S):
+    while len(spans) < 3 or (len(spans) < HOST_ROUNDS and time.monotonic() - began < HOST_S):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        call()
-        spans.append((time.perf_counter() - begin) * 1e6)
+        for _ in range(HOST_STEPS):
+            call()
+        spans.append((time.perf_counter() - begin) * 1e6 / HOST_STEPS)
     torch.cuda.synchronize()
     return statistics.median(spans)
 

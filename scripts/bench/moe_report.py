@@ -118,7 +118,8 @@ def _markdown(records: list[dict]) -> list[str]:
         "Liger builds it in every forward). Every implementation in a process of its own, rounds "
         "alternating between them, inputs drawn alike; medians. Forward, backward and both are of "
         "a sustained loop; kernels is the profiler's sum over one step; host is the time to "
-        "enqueue a step on an idle GPU. Floor: the larger of FLOPs at 660 TFLOP/s and every tensor "
+        "enqueue one of eight steps in a row (in records before 2026-11-26 a single step after a "
+        "wait: see docs/host_cost.md). Floor: the larger of FLOPs at 660 TFLOP/s and every tensor "
         "once at 3.0 TB/s, summed over the eight kernels (`scripts/roofline.py`). TFLOP/s count 18 "
         "T K D F. Saved: what autograd keeps beside weights. Peak: the worst moment of a step "
         "beyond inputs and weights. The peers' own autotuners chose among all their candidates.",

@@ -45,13 +45,14 @@ def forced_tile(kernel: str, tile: RowTile | WeightTile) -> Iterator[None]:
         gemm = picked(name, *facts)
         return dataclasses.replace(gemm, tile=tile) if name == kernel else gemm
 
+    loaded = hopper.row_kernel if isinstance(tile, RowTile) else hopper.weight_kernel
     setattr(hopper, finder, forced)
-    hopper.row_kernel.cache_clear()
+    loaded.cache_clear()
     try:
         yield
     finally:
         setattr(hopper, finder, picked)
-        hopper.row_kernel.cache_clear()
+        loaded.cache_clear()
 
 
 class Problem(NamedTuple):

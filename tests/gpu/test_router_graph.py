@@ -41,8 +41,9 @@ class Layer:
             plan = token_rounding_plan(ids, scores, all_scores, rounding=self.rounding, tile=TILE)
         with torch.no_grad():
             self.stats.add(microbatches=1, tokens=T, aux_loss=balance)
-            self.stats.add_rows(count_E, plan.expert_offsets)
-            self.stats.add_tiles(plan.expert_offsets)
+            rows_E = plan.expert_offsets.diff()
+            self.stats.add_rows(rows_E, None if self.rounding is None else count_E)
+            self.stats.add_tiles(rows_E)
         out = moe_experts(x, w1, w3, w2, plan, backend="torch")
         return list(torch.autograd.grad(out.float().square().mean(), self.leaves))
 

@@ -156,7 +156,7 @@ def test_op_keeps_the_promises_of_its_schema(all_scores: bool, launches: list) -
     arguments = (draw(), bias_E, K, "sigmoid", "before", True, 2.0, all_scores)
     # the fourth of torch's checks sums the outputs and has no way with the ids' integers
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(routing_ops.route_topk, arguments, test_utils=checks)
+    torch.library.opcheck(routing_ops.route_topk.op, arguments, test_utils=checks)
 
 
 def test_a_second_derivative_is_refused(launches: list) -> None:

@@ -24,9 +24,9 @@ def layers_of(result):
 
 def test_rows_and_tiles_are_counted_per_expert():
     stats = RouterStats(3)
-    offsets = torch.tensor([0, 130, 130, 131], dtype=torch.int32)
-    stats.add_rows(torch.tensor([128.0, 1.0, 1.0]), offsets)
-    stats.add_tiles(offsets)
+    rows_E = torch.tensor([130, 0, 1], dtype=torch.int32)
+    stats.add_rows(rows_E, torch.tensor([128.0, 1.0, 1.0]))
+    stats.add_tiles(rows_E)
     seen = dict(zip(stats.NAMES, stats.values_V.tolist(), strict=True))
     assert stats.load_E.tolist() == [130, 0, 1]
     assert (seen["rows"], seen["rows_added"], seen["rows_dropped"]) == (131, 2, 1)
@@ -37,7 +37,7 @@ def test_tensors_stay_where_they_are_while_sums_grow_and_reset():
     stats = RouterStats(2)
     values, load = stats.values_V, stats.load_E
     stats.add(tokens=3, entropy=torch.tensor(1.5))
-    stats.add_rows(torch.tensor([1.0, 1.0]), torch.tensor([0, 1, 2]))
+    stats.add_rows(torch.tensor([1, 1]))
     assert values.sum() > 0 and load.sum() == 2
     stats.reset()
     assert stats.values_V is values and stats.load_E is load
