@@ -60,7 +60,7 @@ def _value(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        # TOML knows JSON's escapes but for the pairs of ASCII that stand for characters above U+FFFF
+        # of JSON's escapes TOML lacks the pairs that stand for characters above U+FFFF
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_value(item) for item in value) + "]"
