@@ -11,7 +11,8 @@ import torch
 from torchtitan.components.metrics import BaseLogger
 from torchtitan.tools import utils
 
-from sonicmoe_titan.metrics import SonicMetrics, _console_line, known_peak_flops
+from sonicmoe_titan.metrics import SonicMetrics, _console_line
+from sonicmoe_titan.peak_flops import known_peak_flops
 from sonicmoe_titan.routing_metrics import Gathered, routing_metrics
 from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
 from sonicmoe_titan.stats import RouterStats
