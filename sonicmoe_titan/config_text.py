@@ -60,12 +60,13 @@ def _value(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     if isinstance(value, str):
-        return json.dumps(value).replace("\x7f", "\\u007f")
+        # of JSON's escapes TOML lacks the pairs that stand for characters above U+FFFF
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_value(item) for item in value) + "]"
     if dataclasses.is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, dict):
-        items = (f"{json.dumps(str(key))} = {_value(item)}" for key, item in value.items())
+        items = (f"{_value(str(key))} = {_value(item)}" for key, item in value.items())
         return "{" + ", ".join(items) + "}"
     raise TypeError(type(value))

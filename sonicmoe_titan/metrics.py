@@ -6,8 +6,6 @@ is on, to `metrics.jsonl` in the dump folder, from which `sonicmoe report` draws
 
 from __future__ import annotations
 
-import functools
-import math
 import netrc
 import os
 import time
@@ -29,6 +27,7 @@ from torchtitan.components.metrics import (
 from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 
+from sonicmoe_titan.peak_flops import known_peak_flops
 from sonicmoe_titan.routing_metrics import gather_stats, routing_metrics
 from sonicmoe_titan.runlog import RunLog, run_header, write_load
 from sonicmoe_titan.stats import KERNEL_TILE_ROWS, collect
@@ -36,7 +35,6 @@ from sonicmoe_titan.throughput import Throughput
 
 WANDB_PROJECT = "sonicmoe-titan"
 WANDB_HOST = "api.wandb.ai"
-A100_PEAK_FLOPS = 312e12
 GIB = 2**30
 
 
@@ -231,25 +229,6 @@ class SonicMetrics(MetricsProcessor):
         if self.config.per_layer:
             return metrics
         return {name: value for name, value in metrics.items() if name.startswith("moe/")}
-
-
-def peak_flops(device_name: str) -> float:
-    """As TorchTitan's, which takes an A100's for a CPU too; against infinity its MFU is 0."""
-    return math.inf if device_name == "cpu" else _stock_peak_flops(device_name)
-
-
-_stock_peak_flops = utils.get_peak_flops  # the trainer puts ours in its place
-
-
-@functools.cache
-def known_peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of one device; None for a CPU or a GPU that TorchTitan does not know.
-
-    TorchTitan takes an A100's peak for those: a number that looks like an MFU and is none.
-    """
-    peak = peak_flops(device_name)
-    assumed = peak == A100_PEAK_FLOPS and "A100" not in device_name
-    return None if assumed or math.isinf(peak) else peak
 
 
 def _console_line(metrics: Mapping[str, float], eta_s: float | None) -> str:

@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.models.common.decoder import Decoder
-from torchtitan.tools import utils
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -19,9 +18,10 @@ from sonicmoe_titan.memory_fit import (
     measure_first_block,
     predicted_activation_bytes,
 )
-from sonicmoe_titan.metrics import SonicMetrics, peak_flops
+from sonicmoe_titan.metrics import SonicMetrics
 from sonicmoe_titan.model import build_model_spec, with_sequence_positions
 from sonicmoe_titan.model_args import ModelArgs
+from sonicmoe_titan.peak_flops import use_our_peak_flops
 from sonicmoe_titan.run_kernels import prepare_run
 
 
@@ -48,7 +48,7 @@ class SonicTrainer(Trainer):
 
     def __init__(self, config: Config) -> None:
         prepare_run(config)  # first: a process group would count this time against its timeout
-        utils.get_peak_flops = peak_flops
+        use_our_peak_flops()
         super().__init__(config)
         self._check_vocabulary()
         self._describe_text()

@@ -43,7 +43,7 @@ class SonicValidator(Validator):
     @dataclass(kw_only=True, slots=True)
     class Config(Validator.Config):
         freq: int = 100
-        """Steps between validations; the first step validates too."""
+        """Steps between validations; the first and the last step validate too."""
 
         steps: int = 8
         """Batches of training.local_batch_size sequences per data-parallel rank."""
@@ -65,6 +65,12 @@ class SonicValidator(Validator):
         self.steps = config.steps
         self._batches: list[Batch] | None = None
         self._tokens_per_byte = math.nan
+
+    def should_validate(self, step: int) -> bool:
+        """As stock, and after the last step: a run ends with a held-out loss of its result."""
+        metrics = self.metrics_processor
+        last = metrics.throughput.total_steps if isinstance(metrics, SonicMetrics) else None
+        return super().should_validate(step) or step == last
 
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Run the fixed batches through the model and log; collective over all ranks."""

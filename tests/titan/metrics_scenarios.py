@@ -141,7 +141,7 @@ def _train_with_metrics(folder: Path) -> tuple[str, int]:
             log_freq=2, warmup_steps=2, enable_tensorboard=True, enable_wandb=True
         ),
     )
-    run.validator.enable, run.validator.freq, run.validator.steps = True, 4, 1
+    run.validator.enable, run.validator.freq, run.validator.steps = True, 5, 1
     trainer = run.build()
     trainer.train()
     trainer.close()

@@ -123,6 +123,20 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(module: str, tmp_path: Pa
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_a_program_that_imports_us_keeps_its_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import signal, sonicmoe_titan\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}{os.pathsep}{os.getcwd()}"
+    subprocess.run(
+        [sys.executable, "-m", "theirs"],
+        env=os.environ | {"PYTHONPATH": path},
+        check=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def test_ctrl_c_in_a_command_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,8 @@ import torch
 from torchtitan.components.metrics import BaseLogger
 from torchtitan.tools import utils
 
-from sonicmoe_titan.metrics import SonicMetrics, _console_line, known_peak_flops
+from sonicmoe_titan.metrics import SonicMetrics, _console_line
+from sonicmoe_titan.peak_flops import known_peak_flops
 from sonicmoe_titan.routing_metrics import Gathered, routing_metrics
 from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
 from sonicmoe_titan.stats import RouterStats
@@ -139,7 +140,7 @@ def test_validation_is_recorded_and_does_not_disturb_the_routing_numbers(
     logged: tuple[Run, int],
 ) -> None:
     run, _ = logged
-    assert [record["step"] for record in run.validation] == [1, 4, 8]
+    assert [record["step"] for record in run.validation] == [1, 5, 8]  # the last step too
     assert all(record[VALIDATION_LOSS] > 0 for record in run.validation)
     # a validation in the window would add top-k rows that are no whole tiles
     assert all(record["moe/rows_added"] > 0 for record in run.training[1:])

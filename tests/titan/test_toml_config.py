@@ -201,7 +201,8 @@ def test_missing_file_is_looked_for_among_the_runs(
 
 def test_printed_configuration_makes_the_same_run(toml: Any) -> None:
     path = toml("[activation_checkpoint]\nkind = 'selective'\n[optimizer]\neps = 1e-10\n")
-    command = Command.parse([str(path), "--training.steps", "3"], usage="")
+    folder = ["--dump_folder", 'a "b" \\ \u00e9 \U0001f600 \x7f']
+    command = Command.parse([str(path), "--training.steps", "3", *folder], usage="")
     text = command.resolved(command.load())
     again = toml(text)
     given, made = command.load().to_dict(), load_config(again).to_dict()
