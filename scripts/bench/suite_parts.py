@@ -168,6 +168,11 @@ def _tests() -> dict[str, Part]:
             HUGE_TESTS,
             seconds=120,
         ),
+        "tests-host": run(
+            "host time of the block at 1024 tokens, alone on the machine",
+            "host_cost",
+            seconds=40,
+        ),
         "tests-routing": run(
             "top-k, plans, token rounding",
             "topk_gpu plan_gpu routing_gpu",
