@@ -241,6 +241,14 @@ def _check_paths(config: SonicTrainer.Config) -> None:
         "dataloader.dataset_path": config.dataloader.dataset_path,
         "checkpoint.initial_load_path": config.checkpoint.initial_load_path,
     }
+    tables = {
+        "tokenizer": config.tokenizer,
+        "dataloader": config.dataloader,
+        "validator.dataloader": config.validator.dataloader,
+    }
+    for table, keys in tables.items():
+        for index, folder in enumerate(getattr(keys, "folders", ())):
+            paths[f"{table}.folders[{index}]"] = folder
     for key, path in paths.items():
         if path and "://" not in path and not Path(path).exists():
             raise ValueError(f'{key} = "{path}": no such path')
