@@ -70,12 +70,13 @@ def write_report(records: list[dict], docs: Path) -> list[Path]:
 
 
 def by_study(records: list[dict]) -> dict[str, list[dict]]:
-    """Records that may be compared: of one study, budget and device."""
+    """Records that may be compared: of one study, budget, device and corpus."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
-        groups.setdefault((record["study"], record["tokens"], record["device"]), []).append(record)
+        shared = (record[name] for name in ("study", "tokens", "device", "corpus_key"))
+        groups.setdefault(tuple(shared), []).append(record)
     names: dict[str, list[dict]] = {}
-    for (study, tokens, _), group in groups.items():
+    for (study, tokens, *_), group in groups.items():
         name = study if study not in names else f"{study}_{plots.count(tokens)}"
         names[name if name not in names else f"{name}_{len(names)}"] = group
     return names

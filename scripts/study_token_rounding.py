@@ -31,7 +31,7 @@ from bench_train import free_port
 from study_arms import STUDIES, Arm, Study
 from study_report import write_report
 
-from sonicmoe_titan.model_args import parameter_counts
+from sonicmoe_titan.model_args import ModelArgs, parameter_counts
 from sonicmoe_titan.runlog import TRAIN_LOSS, VALIDATION_LOSS, Run, read_run
 from sonicmoe_titan.shards import open_shard
 from sonicmoe_titan.toml_config import load_config
@@ -153,8 +153,7 @@ def prepare_corpus(study: Study, options: dict[str, object], tokens: int) -> dic
 def summarise(job: Job, run: Run, seconds: float) -> dict:
     """The record of a finished run."""
     steps, losses = run.series(VALIDATION_LOSS)
-    config = load_config(STUDIES[job.study].config, option_words(job.arm.options()))
-    total, active = parameter_counts(config.model)
+    total, active = parameter_counts(ModelArgs(**run.header["config"]["model"]))
     numbers = {
         name: statistics.mean(values) if (values := run.series(f"moe/{name}")[1]) else None
         for name in ("rows_added", "rows_dropped", "padding_waste", "max_over_mean_load")

@@ -16,6 +16,7 @@ import study_token_rounding  # noqa: E402
 from study_arms import STUDIES, Arm  # noqa: E402
 from study_token_rounding import Job, Records, pending  # noqa: E402
 
+from sonicmoe_titan.check import check_run  # noqa: E402
 from sonicmoe_titan.toml_config import load_config  # noqa: E402
 
 TOKEN_CHOICE = Arm("topk", 16, 2, 128, 4)
@@ -40,6 +41,7 @@ def record(arm: Arm, seed: int, losses: list[float], **changes: object) -> dict:
         "parameters": 2_000_000,
         "active_parameters": 600_000,
         "corpus": "python_stdlib",
+        "corpus_key": "python_stdlib-0",
         "corpus_tokens": 10_000,
         "device": "cpu",
         "versions": {"torch": "2.14.1"},
@@ -82,6 +84,7 @@ class TestArms:
         for arm in (arm for group in study.groups.values() for arm in group):
             words = study_token_rounding.option_words(study.run_options(arm, 3, study.tokens))
             config = load_config(study.config, words)
+            check_run(config, num_processes=1)
             training, model = config.training, config.model
             assert training.local_batch_size * training.seq_len == arm.microbatch_tokens()
             assert training.global_batch_size * training.seq_len == study.step_tokens
@@ -209,10 +212,12 @@ class TestReport:
         shown = [line for line in text.splitlines() if line.startswith("![")]
         assert len(shown) == 3  # the H100's lone arm has no token choice to differ from
 
-    def test_budgets_are_not_mixed(self) -> None:
+    def test_budgets_and_corpora_are_not_mixed(self) -> None:
         longer = record(NEAREST, 1, [6.0, 5.0, 4.0], tokens=8000)
-        groups = study_report.by_study([*self.RECORDS, longer])
-        assert {name: len(group) for name, group in groups.items()} == {"cpu": 4, "cpu_8k": 1}
+        elsewhere = record(NEAREST, 1, [6.0, 5.0, 4.0], corpus_key="python_stdlib-1")
+        groups = study_report.by_study([*self.RECORDS, longer, elsewhere])
+        counts = {name: len(group) for name, group in groups.items()}
+        assert counts == {"cpu": 4, "cpu_8k": 1, "cpu_4k": 1}
 
 
 def test_committed_records_make_the_committed_tables(tmp_path: Path) -> None:
@@ -232,7 +237,10 @@ def test_a_run_of_the_study_leaves_a_whole_record(tmp_path: Path) -> None:
     words += ["--docs", str(tmp_path), "--set", "model.num_layers=2"]
     subprocess.run(words, check=True, cwd=REPOSITORY)
     (one,) = Records(tmp_path / "r.json").read()
-    assert one["validation_steps"] == [1, *range(1, 7)][1:] and one["steps"] == 6
+    assert one["validation_steps"] == list(range(1, 7)) and one["steps"] == 6
     assert one["validation_loss"] < one["validation_losses"][0]
+    # 2 layers of 16 experts, attention, norms, router, and 1024 tied embeddings of 128
+    layer = 16 * 3 * 128 * 64 + 4 * 128**2 + 2 * 32 + 2 * 128 + 128 * 16
+    assert one["parameters"] == 2 * layer + 128 + 1024 * 128
     assert one["rows_dropped"] > 0 and one["padding_waste"] == 0
     assert "NaN" not in (tmp_path / "r.json").read_text()
