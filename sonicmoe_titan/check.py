@@ -209,9 +209,17 @@ def _check_paths(config: SonicTrainer.Config) -> None:
         "dataloader.dataset_path": config.dataloader.dataset_path,
         "checkpoint.initial_load_path": config.checkpoint.initial_load_path,
     }
+    tables: dict[str, object] = {
+        "tokenizer": config.tokenizer,
+        "dataloader": config.dataloader,
+    }
     if config.validator.enable:
+        tables["validator.dataloader"] = config.validator.dataloader
         # pyrefly: ignore[missing-attribute]
         paths["validator.dataloader.dataset_path"] = config.validator.dataloader.dataset_path
+    for table, keys in tables.items():
+        for index, folder in enumerate(getattr(keys, "folders", ())):
+            paths[f"{table}.folders[{index}]"] = folder
     for key, path in paths.items():
         if path and "://" not in path and not Path(path).exists():
             raise ValueError(f'{key} = "{path}": no such path')

@@ -4,7 +4,7 @@ Legend: B sequences of a batch, S tokens of a sequence.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.tokenizer import BaseTokenizer
 
-from sonicmoe_titan.corpus import Split
+from sonicmoe_titan.corpus import LOCAL_CORPORA, Split
 from sonicmoe_titan.shards import TokenShard, Window, open_shard
 from sonicmoe_titan.streams import open_stream
 from sonicmoe_titan.tokenizer import TextTokenizer
@@ -37,10 +37,16 @@ class TextDataLoader(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        corpus: Literal["python_stdlib", "site_packages", "c4", "fineweb_edu"] = "python_stdlib"
-        """Local text ("python_stdlib", "site_packages"), or a streamed dataset that needs a network
-        ("c4": allenai/c4, "fineweb_edu": HuggingFaceTB/smollm-corpus, fineweb-edu-dedup), or its
-        copy in the folder `dataset_path`."""
+        corpus: Literal["python_stdlib", "site_packages", "folders", "c4", "fineweb_edu"] = (
+            "python_stdlib"
+        )
+        """Local text ("python_stdlib", "site_packages", "folders": nothing but the key below), or a
+        streamed dataset that needs a network ("c4": allenai/c4, "fineweb_edu":
+        HuggingFaceTB/smollm-corpus, fineweb-edu-dedup), or its copy in the folder `dataset_path`.
+        """
+
+        folders: list[str] = field(default_factory=list)
+        """Folders of text and source code that local text is read from besides."""
 
         split: Literal["train", "validation"] = "train"
         """Which files (documents of a stream) to read; their content hash decides."""
@@ -65,6 +71,13 @@ class TextDataLoader(BaseDataLoader):
                 raise ValueError(
                     f"dataloader.dataset is not used, got {self.dataset!r}: set dataloader.corpus"
                 )
+            if self.corpus not in LOCAL_CORPORA and self.folders:
+                raise ValueError(
+                    f"dataloader.folders go with local text, not with corpus {self.corpus!r}: "
+                    f"choose {', '.join(LOCAL_CORPORA)}, or leave them out"
+                )
+            if self.corpus == "folders" and not self.folders:
+                raise ValueError('dataloader.corpus = "folders": name them in dataloader.folders')
             if not 0 < self.validation_fraction < 1:
                 raise ValueError(
                     "dataloader.validation_fraction must lie between 0 and 1, "
@@ -89,12 +102,13 @@ class TextDataLoader(BaseDataLoader):
                 "set the recipe's tokenizer to TextTokenizer.Config"
             )
         self.tokenizer = tokenizer
-        if config.corpus == "python_stdlib" or config.corpus == "site_packages":
+        if config.corpus != "c4" and config.corpus != "fineweb_edu":
             self.source: ShardBatches | BaseDataLoader = ShardBatches(
                 open_shard(
                     config.corpus,
                     config.split,
                     tokenizer,
+                    folders=config.folders,
                     max_bytes=config.max_bytes,
                     validation_fraction=config.validation_fraction,
                 ),

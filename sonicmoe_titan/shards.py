@@ -8,7 +8,7 @@ S tokens of one sequence.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +80,12 @@ def open_shard(
     split: Split,
     tokenizer: TextTokenizer,
     *,
+    folders: Sequence[str] = (),
     max_bytes: int | None,
     validation_fraction: float,
 ) -> TokenShard:
     """Open one split of `corpus`, tokenising the corpus into the cache first if it is not there."""
-    files = list_files(corpus, max_bytes=max_bytes)
+    files = list_files(corpus, folders=folders, max_bytes=max_bytes)
     settings = f"{FORMAT} {validation_fraction} {tokenizer.fingerprint()} {fingerprint(files)}"
     key = f"{corpus}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -30,9 +30,12 @@ class TextTokenizer(HuggingFaceTokenizer):
     @dataclass(kw_only=True, slots=True)
     class Config(HuggingFaceTokenizer.Config):
         source: str = "python_stdlib"
-        """Used when hf_assets_path is empty: a local corpus ("python_stdlib", "site_packages") on
-        which a byte-level BPE is trained once and cached, or a repository on the Hugging Face Hub,
-        such as "allenai/OLMoE-1B-7B-0924"."""
+        """Used when hf_assets_path is empty: a local corpus ("python_stdlib", "site_packages",
+        "folders") on which a byte-level BPE is trained once and cached, or a repository on the
+        Hugging Face Hub, such as "allenai/OLMoE-1B-7B-0924"."""
+
+        folders: list[str] = field(default_factory=list)
+        """Folders of text and source code to train on besides a local corpus."""
 
         vocab_size: int = 4096
         """Entries of a tokenizer that is trained here; others bring their own number."""
@@ -57,7 +60,10 @@ class TextTokenizer(HuggingFaceTokenizer):
                 )
         elif config.source in LOCAL_CORPORA:
             folder = trained_tokenizer(
-                config.source, vocab_size=config.vocab_size, train_bytes=config.train_bytes
+                config.source,
+                folders=config.folders,
+                vocab_size=config.vocab_size,
+                train_bytes=config.train_bytes,
             )
         else:
             folder = _download(config.source)
@@ -84,13 +90,15 @@ class TextTokenizer(HuggingFaceTokenizer):
         return sizes
 
 
-def trained_tokenizer(corpus: LocalCorpus, *, vocab_size: int, train_bytes: int) -> Path:
+def trained_tokenizer(
+    corpus: LocalCorpus, *, folders: Sequence[str] = (), vocab_size: int, train_bytes: int
+) -> Path:
     """Return the folder of a byte-level BPE trained on `corpus`, training it if there is none.
 
     Training and validation files are both used: the vocabulary is not what is being measured, and
     bits per byte compare across tokenizers.
     """
-    files = list_files(corpus, max_bytes=train_bytes)
+    files = list_files(corpus, folders=folders, max_bytes=train_bytes)
     settings = f"{FORMAT} {vocab_size} {fingerprint(files)}"
     key = f"{corpus}-{vocab_size}-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
 

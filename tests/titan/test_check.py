@@ -78,6 +78,10 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "--parallelism.expert_parallel_degree 2 --training.no-disable_cuda_graphs",
             "--training.disable_cuda_graphs",
         ),
+        (
+            "--dataloader.corpus folders --dataloader.folders /no/such",
+            'dataloader.folders[0] = "/no/such": no such path',
+        ),
         ("--hf_assets_path /no/such/place", 'hf_assets_path = "/no/such/place": no such path'),
         (
             "--validator.enable --validator.dataloader.dataset_path /no/such",

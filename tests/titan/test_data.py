@@ -106,6 +106,43 @@ class TestCorpus:
         with pytest.raises(ValueError, match=r"no text files under .*dataloader\.corpus"):
             list_files("python_stdlib")
 
+    def test_folders_add_source_code_and_leave_out_what_programs_wrote(
+        self, stdlib: Path, tmp_path: Path
+    ) -> None:
+        (stdlib / "a.py").write_text(lines(0))
+        folder = tmp_path / "more"
+        (folder / "deep" / "site-packages").mkdir(parents=True)
+        (folder / "deep" / "kernel.c").write_text(lines(1))
+        (folder / "deep" / "site-packages" / "module.rs").write_text(lines(2))
+        (folder / "copy_of_a.py").write_text(lines(0))
+        (folder / "greek.txt").write_text("\u03b1\u03b2\u03b3 \u03b4\u03b5\n" * 40)
+        (folder / "page.html").write_text(f"<p>{lines(3)}</p>")
+        (folder / "minified.js").write_text("function a(b){return b}" * 500)
+        (folder / "table.txt").write_text("0.25, 1e-5, 0x21, 12345\n" * 100)
+        both = list_files("python_stdlib", folders=[str(folder)])
+        names = {"kernel.c", "module.rs", "greek.txt"}
+        assert {file.path.name for file in both} - {"a.py", "copy_of_a.py"} == names
+        assert len(both) == 4
+        alone = list_files("folders", folders=[str(folder)])
+        assert fingerprint(alone) == fingerprint(both)  # the stdlib's one file is in there too
+        assert [file.path.name for file in list_files("python_stdlib")] == ["a.py"]
+
+    def test_folders_split_by_content_wherever_they_lie(self, tmp_path: Path) -> None:
+        for i in range(60):
+            (tmp_path / f"{i % 3}").mkdir(exist_ok=True)
+            (tmp_path / f"{i % 3}" / f"{i}.go").write_text(lines(i))
+        parts = [list_files("folders", folders=[str(tmp_path / name)]) for name in "012"]
+        whole = list_files("folders", folders=[str(tmp_path)])
+        split = {file.digest: file.split(0.3) for file in whole}
+        assert set(split.values()) == {"train", "validation"} and len(split) == 60
+        assert {file.digest: file.split(0.3) for part in parts for file in part} == split
+
+    def test_a_folder_that_is_none_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"folders: .*missing is no folder"):
+            list_files("folders", folders=[str(tmp_path / "missing")])
+        with pytest.raises(ValueError, match=r"no text files under .*dataloader\.folders"):
+            list_files("folders", folders=[str(tmp_path)])
+
     def test_validation_text_is_not_in_the_training_text(self, tokenizer: TextTokenizer) -> None:
         texts = {"train": set(), "validation": set()}
         for file, text in read_documents(list_files("python_stdlib", max_bytes=DATA.max_bytes)):
@@ -310,3 +347,27 @@ def test_keys_of_other_loaders_are_refused() -> None:
         TextDataLoader.Config(dataset="c4")
     with pytest.raises(ValueError, match="between 0 and 1"):
         TextDataLoader.Config(validation_fraction=1.5)
+    with pytest.raises(ValueError, match=r"name them in dataloader\.folders"):
+        TextDataLoader.Config(corpus="folders")
+    with pytest.raises(ValueError, match=r"dataloader\.folders go with local text"):
+        TextDataLoader.Config(corpus="c4", folders=["text"])
+
+
+def test_a_run_reads_its_folders_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    for i in range(40):
+        (tmp_path / f"{i}.java").write_text(lines(i))
+    folders = [str(tmp_path)]
+    source = TextTokenizer.Config(
+        source="folders", folders=folders, vocab_size=300, train_bytes=50_000
+    )
+    own = source.build(tokenizer_path="")
+    texts = []
+    for split in ("train", "validation"):
+        shard = loader(
+            own, corpus="folders", folders=folders, split=split, validation_fraction=0.3
+        ).source.shard
+        assert shard.manifest["key"].startswith("folders-")
+        texts.append(own.decode(shard.tokens_N.tolist(), skip_special_tokens=True))
+    in_training = [lines(i) in texts[0] for i in range(40)]
+    assert in_training.count(True) + sum(lines(i) in texts[1] for i in range(40)) == 40
+    assert 0 < sum(in_training) < 40
