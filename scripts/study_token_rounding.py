@@ -27,7 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_train import free_port
+from bench.facts import commit
+from bench.train_runs import free_port
 from study_arms import STUDIES, Arm, Study
 from study_report import write_report
 
@@ -182,12 +183,6 @@ def summarise(job: Job, run: Run, seconds: float) -> dict:
         "versions": run.header["versions"],
         "date": datetime.date.today().isoformat(),
     }
-
-
-def commit() -> str:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return found or os.environ.get("SONICMOE_COMMIT", "unknown")
 
 
 def visible_gpus() -> list[str]:

@@ -101,7 +101,7 @@ def sizes(model: str, *, steps: int, layers: int | None, sequences: int | None) 
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A TCP port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -116,7 +116,7 @@ def train(run: Run, folder: Path, timeout_s: float) -> list[dict]:
     dump = folder / run.name
     (dump / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of the name
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    environment = python_environment() | ranks | {"MASTER_PORT": str(_free_port())}
+    environment = python_environment() | ranks | {"MASTER_PORT": str(free_port())}
     started = time.monotonic()
     with (folder / f"{run.name}.log").open("w") as log:
         try:
