@@ -5,7 +5,7 @@ from sonicmoe_titan.trainer import SonicTrainer
 
 
 def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
-    """A run in one line: model, processes, steps and tokens; a second one warns."""
+    """A run in one line: model, processes, steps and tokens; further ones warn."""
     total, active = parameter_counts(config.model)
     sequences = config.training.global_batch_size
     if sequences < 0:
@@ -15,12 +15,13 @@ def summary(config: SonicTrainer.Config, num_processes: int | None) -> str:
     machines = f"{num_processes} {processes}, " if num_processes else ""
     return (
         f"{_count(total)} parameters ({_count(active)} active), {config.model.router}, {machines}"
-        f"{config.training.steps} steps of {tokens:,} tokens{_few_rows(config)}"
+        f"{config.training.steps} steps of {tokens:,} tokens"
+        f"{_few_rows(config)}{_other_text(config)}"
     )
 
 
 def _few_rows(config: SonicTrainer.Config) -> str:
-    """A second line when token rounding has less than a tile of rows per expert to round."""
+    """Another line when token rounding has less than a tile of rows per expert to round."""
     model, tokens = config.model, microbatch_tokens(config)
     rows, tile = tokens * model.top_k / model.num_experts, model.rounding_tile
     if model.router != "token_rounding" or rows >= tile:
@@ -29,6 +30,18 @@ def _few_rows(config: SonicTrainer.Config) -> str:
         f"\nwarning: a microbatch of {tokens:,} tokens gives an expert {rows:.0f} rows on average, "
         f"less than a tile (model.rounding_tile = {tile}): rounding empties many experts; give a "
         "microbatch more tokens, best two tiles of rows or more, or lower the tile"
+    )
+
+
+def _other_text(config: SonicTrainer.Config) -> str:
+    """Another line when what is held out is not of the text that is trained on."""
+    trained = getattr(config.dataloader, "corpus", None)
+    held_out = getattr(config.validator.dataloader, "corpus", None)
+    if not config.validator.enable or trained == held_out:
+        return ""
+    return (
+        f"\nwarning: training reads {trained}, validation {held_out} "
+        "(validator.dataloader.corpus): the held-out loss is of another text"
     )
 
 

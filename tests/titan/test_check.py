@@ -8,6 +8,7 @@ import torch
 
 from sonicmoe_titan import check, cli
 from sonicmoe_titan.check import check_run
+from sonicmoe_titan.config_registry import CONFIGS
 from sonicmoe_titan.run_sizes import data_ranks, microbatch_tokens
 from sonicmoe_titan.toml_config import load_config
 
@@ -153,6 +154,15 @@ def test_less_than_a_tile_of_rows_per_expert_warns(
     assert warning.startswith("warning: ") and f"gives an expert {rows} rows on average" in warning
     assert cli.run(["check", RUN, *arguments.split(), "--model.router", "topk"]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_validation_on_another_text_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check", str(CONFIGS / "moe_1p4b_k2.toml"), "--dataloader.corpus", "python_stdlib"]
+    assert cli.run(command) == 0
+    assert "training reads python_stdlib, validation fineweb_edu" in capsys.readouterr().out
+    for same in (["--validator.dataloader.corpus", "python_stdlib"], ["--validator.no-enable"]):
+        assert cli.run([*command, *same]) == 0
+        assert "warning" not in capsys.readouterr().out
 
 
 def test_inductor_without_a_compiler_is_refused(
