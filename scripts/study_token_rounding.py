@@ -19,7 +19,6 @@ import json
 import os
 import queue
 import statistics
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.facts import commit
-from bench.train_runs import free_port
+from bench.train_runs import run_alone
 from study_arms import STUDIES, Arm, Study
 from study_report import write_report
 
@@ -95,27 +94,15 @@ def train(job: Job, options: dict[str, object], work: Path, slot: int, timeout_s
     name = f"{job.arm.name}-seed{job.seed}"
     words = [sys.executable, "-m", "sonicmoe_titan.train", "--job.config_file"]
     words += [str(STUDIES[job.study].config), *option_words(options)]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    environment = os.environ | ranks | {"MASTER_PORT": str(free_port())}
-    if gpus := visible_gpus():
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    gpus = visible_gpus()
+    gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
     (Path(str(options["dump_folder"])) / "metrics.jsonl").unlink(missing_ok=True)
-    with (work / f"{name}.log").open("w") as log:
-        try:
-            code = subprocess.run(
-                words,
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env=environment,
-                timeout=timeout_s,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = "the time limit"
+    log = work / f"{name}.log"
+    code = run_alone(words, log, timeout_s=timeout_s, **gpu)
     if code != 0:
-        end = "\n".join(Path(log.name).read_text(errors="replace").splitlines()[-SHOWN_LINES:])
-        print(f"{name}: ended with {code}, see {log.name}\n{end}", flush=True)
+        ended = "the time limit" if code is None else code
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
+        print(f"{name}: ended with {ended}, see {log}\n{end}", flush=True)
     return code == 0
 
 

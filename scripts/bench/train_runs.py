@@ -101,11 +101,26 @@ def sizes(model: str, *, steps: int, layers: int | None, sequences: int | None) 
     }
 
 
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
+def run_alone(words: list[str], log: Path, *, timeout_s: float, **variables: str) -> int | None:
+    """Exit code of a training process that needs no launcher; None when it ran out of time."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
+        port = probe.getsockname()[1]  # that nobody listens on
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    environment = python_environment() | ranks | {"MASTER_PORT": str(port)} | variables
+    with log.open("w") as output:
+        try:
+            return subprocess.run(
+                words,
+                stdout=output,
+                stderr=output,
+                cwd=ROOT,
+                env=environment,
+                timeout=timeout_s,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return None
 
 
 def train(run: Run, folder: Path, timeout_s: float) -> list[dict]:
@@ -115,25 +130,12 @@ def train(run: Run, folder: Path, timeout_s: float) -> list[dict]:
     """
     dump = folder / run.name
     (dump / "metrics.jsonl").unlink(missing_ok=True)  # of an earlier run of the name
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
-    environment = python_environment() | ranks | {"MASTER_PORT": str(free_port())}
+    log = folder / f"{run.name}.log"
     started = time.monotonic()
-    with (folder / f"{run.name}.log").open("w") as log:
-        try:
-            code = subprocess.run(
-                command(run, dump=dump),
-                stdout=log,
-                stderr=log,
-                cwd=ROOT,
-                env=environment,
-                timeout=timeout_s,
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = None
+    code = run_alone(command(run, dump=dump), log, timeout_s=timeout_s)
     seconds = time.monotonic() - started
     if code != 0:
-        print(f"{run.name}: ended with {code} after {seconds:.0f} s, see {log.name}", flush=True)
+        print(f"{run.name}: ended with {code} after {seconds:.0f} s, see {log}", flush=True)
         return []
     lines = (dump / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "step" in record]

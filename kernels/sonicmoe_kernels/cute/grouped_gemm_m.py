@@ -600,9 +600,16 @@ class GroupedGemmM:
         return (block * tile_n + source * self.gemm.n_step + chunk * self.tile.epi_n) // 2
 
     @cute.jit
-    def partition_output(self, tma_map, sBuffers, gRows, inner_tiles: cutlass.Constexpr):
+    def partition_output(
+        self,
+        tma_map,
+        sBuffers,
+        gRows,
+        inner_tiles: cutlass.Constexpr,
+        rows: cutlass.Constexpr = WARPGROUP_ROWS,
+    ):
         """TMA partition of (rows, columns, ...) coordinates into chunks of one row block."""
-        gTiles = cute.local_tile(gRows, (WARPGROUP_ROWS, self.tile.epi_n), inner_tiles)
+        gTiles = cute.local_tile(gRows, (rows, self.tile.epi_n), inner_tiles)
         return cpasync.tma_partition(
             tma_map.atom,
             0,

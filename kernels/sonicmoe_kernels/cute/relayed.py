@@ -185,14 +185,7 @@ class Relayed(GroupedGemmM):
         """TMA partition of shared chunks and of (rows, columns, ...) coordinates into slices."""
         layout = self.slice_layout(SLICES * cute.size(sBuffers, mode=[2]))
         sSlices = cute.make_tensor(sBuffers.iterator, layout.outer)
-        gTiles = cute.local_tile(gRows, (SLICE_ROWS, self.tile.epi_n), inner_tiles)
-        return cpasync.tma_partition(
-            tma_map.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sSlices, 0, 2),
-            cute.group_modes(gTiles, 0, 2),
-        )
+        return self.partition_output(tma_map, sSlices, gRows, inner_tiles, SLICE_ROWS)
 
     @cute.jit
     def publish_slice(self):
