@@ -48,16 +48,13 @@ def _train(argv: list[str], stop: Stop) -> int:
         if _rank() == 0:
             print(resolved, end="")
         return 0
-    if _rank() == 0:
-        folder = Path(config.dump_folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(resolved, encoding="utf-8")
     structured_logger.init_structured_logger(
         source="training",
         output_dir=config.dump_folder,
         enable=config.debug.enable_structured_logging,
     )
     trainer: SonicTrainer = config.build()
+    trainer.config_text = resolved
     try:
         if config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)

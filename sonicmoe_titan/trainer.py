@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -44,6 +45,9 @@ class SonicTrainer(Trainer):
 
     config: Config  # pyrefly: ignore [bad-override-mutable-attribute]
     model_config: Decoder.Config  # pyrefly: ignore [bad-override-mutable-attribute]
+    config_text = ""
+    """The whole run as TOML, if the dump folder shall hold it."""
+
     _has_stepped = False
 
     def __init__(self, config: Config) -> None:
@@ -67,7 +71,14 @@ class SonicTrainer(Trainer):
             )
 
     def train_step(self, data_iterator: Iterator[tuple[dict[str, Tensor], Tensor]]) -> None:
-        """As stock."""
+        """As stock; the first step writes what is trained to the dump folder's config.toml.
+
+        Not sooner: a run whose checkpoint is refused leaves the file of the run that is there.
+        """
+        if not self._has_stepped and self.config_text and dist.get_rank() == 0:
+            folder = Path(self.config.dump_folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.toml").write_text(self.config_text, encoding="utf-8")
         self._has_stepped = True
         super().train_step(data_iterator)
 

@@ -99,7 +99,13 @@ def test_ctrl_c_ends_in_one_line_and_the_next_run_resumes(moment: str, tmp_path:
     output = finish(resumed)
     assert resumed.returncode == 0, output
     assert sorted(losses(output)) == [last + 1, last + 2]
-    assert (tmp_path / "config.toml").read_text().startswith("hf_assets_path")
+    trained = (tmp_path / "config.toml").read_text()
+    assert trained.startswith("hf_assets_path")
+
+    other = start(tmp_path, train_sh, *TINY, *saving, "--training.steps=9", "--model.dim=64")
+    output = finish(other)
+    assert other.returncode == 2 and "error: " in output
+    assert (tmp_path / "config.toml").read_text() == trained
 
 
 def test_stock_command_line_trains_the_same_model(tmp_path: Path) -> None:
