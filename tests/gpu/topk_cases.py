@@ -5,6 +5,7 @@ Legend: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Case:
         logits_TE = torch.randn(shape, generator=generator, device="cuda") * spread
         return logits_TE.to(self.dtype)
 
+    @functools.cache  # noqa: B019 -- a graph under capture cannot draw it
     def bias(self) -> Tensor | None:
         generator = torch.Generator("cuda").manual_seed(1)
         bias_E = torch.randn(self.num_experts, generator=generator, device="cuda") / 5
