@@ -73,11 +73,8 @@ class Case:
         logits_TE = torch.randn(shape, generator=generator, device="cuda") * spread
         return logits_TE.to(self.dtype)
 
-    @functools.cache  # noqa: B019 -- a graph under capture cannot draw it
     def bias(self) -> Tensor | None:
-        generator = torch.Generator("cuda").manual_seed(1)
-        bias_E = torch.randn(self.num_experts, generator=generator, device="cuda") / 5
-        return bias_E if self.biased else None
+        return _drawn_bias(self.num_experts) if self.biased else None
 
     def route(self, logits_TE: Tensor, *, backend: Backend = "hopper") -> TopK:
         return route_topk(
@@ -125,6 +122,12 @@ class Case:
         if dscores is not None:
             loss = loss + (SCALE * self.score_all(exact_TE) * dscores).sum()
         return torch.autograd.grad(loss, exact_TE)[0]
+
+
+@functools.cache  # a graph under capture may not draw with a generator of its own
+def _drawn_bias(num_experts: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(1)
+    return torch.randn(num_experts, generator=generator, device="cuda") / 5
 
 
 def sort_by_loop(values: list[float], top_k: int) -> list[int]:
