@@ -353,6 +353,7 @@ def test_compiled_functions_build_plans_without_a_graph_break(routing: str) -> N
             )
         return (plan.score_R * plan.token_idx_R).sum()
 
+    torch._dynamo.reset()  # all routings share the code of loss_of, and its limit of recompilations
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     for T in (1000, 777):  # the second one may trace a dynamic number of tokens
         problem = Problem(T, 64, 8)

@@ -326,8 +326,8 @@ def broken_kernel(spec: kernel_cache.KernelSpec, folder: Path, module: str, old:
         (package / f"{name}.py").write_text(source)
     sys.path.insert(0, str(folder))
     try:
+        kernel_cache.prepare_dsl()  # before the builder imports cutlass
         builder = importlib.import_module(f"{package.name}.build_topk")
-        kernel_cache.prepare_dsl()
         return getattr(builder, spec.builder.split(":")[1])(spec)
     finally:
         sys.path.remove(str(folder))

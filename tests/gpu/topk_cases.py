@@ -5,6 +5,7 @@ Legend: T tokens, E experts, K experts per token.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,9 +74,7 @@ class Case:
         return logits_TE.to(self.dtype)
 
     def bias(self) -> Tensor | None:
-        generator = torch.Generator("cuda").manual_seed(1)
-        bias_E = torch.randn(self.num_experts, generator=generator, device="cuda") / 5
-        return bias_E if self.biased else None
+        return _drawn_bias(self.num_experts) if self.biased else None
 
     def route(self, logits_TE: Tensor, *, backend: Backend = "hopper") -> TopK:
         return route_topk(
@@ -123,6 +122,12 @@ class Case:
         if dscores is not None:
             loss = loss + (SCALE * self.score_all(exact_TE) * dscores).sum()
         return torch.autograd.grad(loss, exact_TE)[0]
+
+
+@functools.cache  # a graph under capture may not draw with a generator of its own
+def _drawn_bias(num_experts: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(1)
+    return torch.randn(num_experts, generator=generator, device="cuda") / 5
 
 
 def sort_by_loop(values: list[float], top_k: int) -> list[int]:
