@@ -642,6 +642,7 @@ class Machine:
         tile = self.gemm.tile
 
         def land():
+            assert ("dH", rows.row, column, half) not in self.outputs, "dH may lie over H"
             cell.values = h_values(rows.row, column, half)
             self.barrier(pointer, agent.cta).add_bytes(-SLICE_ROWS * tile.epi_n * ELEMENT_BYTES)
 

@@ -9,16 +9,19 @@ import random
 import pytest
 
 pytest.importorskip("cutlass")
-from sonicmoe_kernels.cute.epilogues import Gradients  # noqa: E402
-from sonicmoe_kernels.cute.relayed import SLICE_ROWS  # noqa: E402
-from sonicmoe_kernels.tiles import (  # noqa: E402
+from sonicmoe_kernels.cute import d_hidden_relayed
+from sonicmoe_kernels.cute.epilogues import Gradients
+from sonicmoe_kernels.cute.relayed import SLICE_ROWS
+from sonicmoe_kernels.tiles import (
+    SLICES,
     TILE_M,
     WARPGROUP_ROWS,
     RowGemm,
     RowTile,
     why_illegal,
 )
-from tests.kernels.relayed_machine import (  # noqa: E402
+
+from tests.kernels.relayed_machine import (
     FRAGMENT,
     Machine,
     Symbol,
@@ -111,7 +114,7 @@ def check(gemm, counts, clusters, seed):
 @pytest.mark.parametrize("gemm", GEMMS, ids=label)
 def test_every_interleaving_stores_every_value_once(gemm):
     assert why_illegal(gemm) is None
-    for seed in range(8):
+    for seed in range(5):
         draw = random.Random(f"{label(gemm)} {seed}")
         counts = draw.choices(ROWS, k=gemm.num_experts)
         clusters = draw.choice((1, 2, 3))
@@ -125,3 +128,16 @@ def test_every_interleaving_stores_every_value_once(gemm):
 @pytest.mark.parametrize("rows", [1, SLICE_ROWS, WARPGROUP_ROWS + 1, TILE_M, TILE_M + 1])
 def test_more_clusters_than_units_end_as_well(rows):
     check(GEMMS[3], [0, rows, 0], 6, rows)
+
+
+def test_the_machine_notices_a_load_set_that_is_refilled_too_early(monkeypatch):
+    monkeypatch.setattr(d_hidden_relayed, "AHEAD", SLICES)
+    with pytest.raises(AssertionError, match="was overwritten before its store had read it"):
+        for seed in range(10):
+            check(GEMMS[3], [64, 128, 17], 1, seed)
+
+
+def test_the_machine_notices_a_warpgroup_counted_as_one_arrival(monkeypatch):
+    monkeypatch.setattr(d_hidden_relayed.Relayed, "barrier_arrivals", lambda self, barrier: 1)
+    with pytest.raises(AssertionError, match="more arrivals than the barrier counts"):
+        check(GEMMS[3], [64, 0, 0], 1, 0)
