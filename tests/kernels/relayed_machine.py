@@ -2,26 +2,18 @@
 
 The device methods are taken as they stand (`rebind`): waits, arrivals, counts, parities, indices
 and coordinates are the kernel's. What they call is replaced by a machine with mbarriers, bulk
-groups and asynchronous copies that finish late and in any order. Values are symbols that say where
-they come from, so what reaches global memory shows what was read on the way.
-
-Cell: 16 rows of a chunk of shared memory, what an epilogue warp reads and writes at once.
+groups and asynchronous copies that finish late and in any order.
 """
 
 from __future__ import annotations
 
-import random
-import threading
-from collections import Counter, defaultdict
-from contextlib import contextmanager
+from collections import defaultdict
 from dataclasses import dataclass, field
 from types import FunctionType, SimpleNamespace
-from typing import NamedTuple
 
 from sonicmoe_kernels.cute import gather, schedule
 from sonicmoe_kernels.cute.d_hidden import DHiddenTensors
 from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed
-from sonicmoe_kernels.cute.epilogues import Gradients
 from sonicmoe_kernels.cute.grouped_gemm_m import (
     EpilogueMemory,
     Gathered,
@@ -34,6 +26,26 @@ from sonicmoe_kernels.cute.up import UpStores
 from sonicmoe_kernels.cute.up_relayed import UpRelayed
 from sonicmoe_kernels.tiles import CLUSTER, ELEMENT_BYTES, SLICES, TILE_K, TILE_M, RowGemm
 
+from tests.kernels.symbols import (
+    FRAGMENT,
+    Accumulators,
+    Anything,
+    Boxes,
+    Cells,
+    Coordinates,
+    GlobalBoxes,
+    Lanes,
+    Registers,
+    Rows,
+    Scores,
+    Symbol,
+    activate,
+    differentiate,
+    h_values,
+    rebind,
+)
+from tests.kernels.warps import Agent, Barrier, Warps
+
 # Methods of a kernel that speak of layouts, registers and products: the machine has its own.
 REPLACED = (
     "partition_weight",
@@ -45,134 +57,6 @@ REPLACED = (
     "partition_slices",
     "store_dscore",
 )
-FRAGMENT = 4  # values that stand for a lane's part of a chunk: columns 0 and 1 of rows 0 and 8
-
-
-class Symbol(tuple):
-    """A number that remembers what it was made of."""
-
-    def to(self, _dtype):
-        return self
-
-    def __mul__(self, other):
-        return Symbol(("*", self, other))
-
-    def __add__(self, other):
-        return Symbol(("+", self, other))
-
-    def __radd__(self, other):
-        return Symbol(("+", other, self))
-
-
-def activate(_activation, values):
-    return Symbol(("act", *values))
-
-
-def differentiate(_activation, values, da):
-    dh = tuple(Symbol(("dact", half, *values, da)) for half in range(len(values)))
-    return Gradients(activate(None, values), dh)
-
-
-class Registers(list):
-    """A lane's fragment."""
-
-    def fill(self, value):
-        self[:] = [value] * len(self)
-
-
-class Accumulators:
-    """A warpgroup's sums: of which k tiles, and how they are called once they are complete."""
-
-    def __init__(self):
-        self.products = []
-
-    def __getitem__(self, i):
-        return Symbol(("sum", *self.products[0][:-1], i))
-
-
-class Anything:
-    """What only passes through."""
-
-    def __getattr__(self, _name):
-        return self
-
-    def __call__(self, *_args, **_kwargs):
-        return self
-
-    def __getitem__(self, _key):
-        return self
-
-
-class Cells(NamedTuple):
-    """Store or load buffers of a CTA; `part` is a slice of them, or all slices of a chunk."""
-
-    space: str
-    part: int | None = None
-
-    def __getitem__(self, key):  # type: ignore[override]
-        chunk = key[3]
-        parts = range(SLICES) if self.part is None else (self.part,)
-        return [(self.space, chunk * SLICES + part) for part in parts]
-
-
-class Boxes(NamedTuple):
-    """TMA's view of the same: the last index numbers cells."""
-
-    space: str
-
-    def __getitem__(self, key):  # type: ignore[override]
-        return (self.space, key[1])
-
-
-class Rows(NamedTuple):
-    """Rows of a global tensor from `first + row` on, clipped at `length` rows if that is given."""
-
-    name: str
-    first: int
-    length: int | None
-    row: int
-
-    def at(self, column, half=0):
-        return self, column, half
-
-
-class GlobalBoxes(NamedTuple):
-    rows: Rows
-
-    def __getitem__(self, key):  # type: ignore[override]
-        return self.rows.at(*key[1:])
-
-
-class Coordinates:
-    def __getitem__(self, key):
-        return key[1:]
-
-
-@dataclass
-class Barrier:
-    """An mbarrier: arrivals and bytes of the phase that is not complete yet."""
-
-    count: int
-    pending: int = 0
-    bytes: int = 0
-    phase: int = 0
-
-    def __post_init__(self):
-        self.pending = self.count
-
-    def arrive(self, arrivals):
-        self.pending -= arrivals
-        assert self.pending >= 0, "more arrivals than the barrier counts"
-        self.settle()
-
-    def add_bytes(self, number):
-        self.bytes += number
-        self.settle()
-
-    def settle(self):
-        if self.pending == 0 and self.bytes == 0:
-            self.phase += 1
-            self.pending = self.count
 
 
 @dataclass
@@ -200,25 +84,12 @@ class State:
             self.index, self.phase = 0, self.phase ^ 1
 
 
-class Agent:
-    """Warps that run one method of the kernel in step."""
-
-    def __init__(self, cta, name, threads, first_thread, body):
-        self.cta, self.name, self.threads, self.first_thread = cta, name, threads, first_thread
-        self.body, self.done, self.failure, self.ready = body, False, None, lambda: True
-        self.turn = threading.Semaphore(0)
-        self.elected = False
-        self.waits = Counter()
-        self.open_group, self.groups = [], []  # of bulk stores; a store is [has been read]
-        self.output = None
-        self.products, self.running = {}, []  # wgmma: what a stage held, stages still read
-
-
-class Machine:
+class Machine(Warps):
     """The cluster; `run` plays one interleaving to its end."""
 
     def __init__(self, gemm: RowGemm, counts: list[int], clusters: int, seed: int):
-        self.gemm, self.random = gemm, random.Random(seed)
+        super().__init__(seed)
+        self.gemm = gemm
         self.offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
         self.clusters = clusters
         self.outputs, self.d_scores = {}, {}
@@ -352,99 +223,13 @@ class Machine:
                 )
         self.play()
 
-    # ------------------------------------------------------------------ the scheduler
-
-    def play(self):
-        """Runs agents and events in random order, some of them much slower than others."""
-        self.control = threading.Semaphore(0)
-        self.over = False
-        speed = {agent: self.random.choice((0.02, 0.3, 1.0)) for agent in self.agents}
-        event_speed = self.random.choice((0.02, 0.3, 3.0))
-        self.eager = self.random.choice((0.0, 0.5, 0.9))  # how often an agent goes on at a step
-        threads = [threading.Thread(target=self.live, args=(agent,)) for agent in self.agents]
-        for thread in threads:
-            thread.start()
-        try:
-            while True:
-                ready = [agent for agent in self.agents if not agent.done and agent.ready()]
-                weights = [speed[agent] for agent in ready]
-                if self.events:
-                    ready.append(None)
-                    weights.append(event_speed)
-                if not ready:
-                    break
-                chosen = self.random.choices(ready, weights)[0]
-                if chosen is None:
-                    self.events.pop(self.random.randrange(len(self.events)))()
-                else:
-                    self.agent = chosen
-                    chosen.turn.release()
-                    self.control.acquire()
-                    if chosen.failure is not None:
-                        raise chosen.failure
-        finally:
-            self.over = True
-            for agent in self.agents:
-                agent.turn.release()
-            for thread in threads:
-                thread.join()
-        stuck = [f"CTA {agent.cta} {agent.name}" for agent in self.agents if not agent.done]
-        assert not stuck, f"deadlock: {stuck}"
-
-    def live(self, agent):
-        agent.turn.acquire()
-        try:
-            if not self.over:
-                agent.body()
-                agent.done = True
-        except BaseException as failure:  # the scheduler raises it
-            agent.failure = failure
-        self.control.release()
-
-    def pause(self, ready=None):
-        """Lets others run, until `ready` if given."""
-        agent = self.agent
-        agent.ready = ready or (lambda: True)
-        if (ready is not None and not ready()) or self.random.random() >= self.eager:
-            self.control.release()
-            agent.turn.acquire()
-            if self.over:
-                raise SystemExit
-        agent.ready = lambda: True
-
     # ------------------------------------------------------------------ barriers
-
-    @contextmanager
-    def elect_one(self):
-        self.agent.elected = True
-        yield
-        self.agent.elected = False
-
-    def barrier(self, pointer, cta=None):
-        return self.barriers[self.agent.cta if cta is None else cta, pointer]
-
-    def wait(self, pointer, parity):
-        """Passes when the phase of this parity is complete, which must be the waiter's next one."""
-        agent, barrier = self.agent, self.barrier(pointer)
-        if (agent, pointer) not in agent.waits:
-            agent.waits[agent, pointer] = 0 if parity == 1 else 1
-        phase = agent.waits[agent, pointer]
-        assert (phase + 1) % 2 == parity, f"{agent.name} skips a phase of barrier {pointer}"
-        self.pause(lambda: barrier.phase % 2 != parity)
-        assert barrier.phase == phase, f"{agent.name} took another phase of barrier {pointer}"
-        agent.waits[agent, pointer] += 1
 
     def arrive(self, pointer):
         for cell in self.cells.values():  # what this warpgroup fenced is in order for the waiter
             if cell.writer is self.agent and cell.fenced:
                 cell.writer = None
-        self.barrier(pointer).arrive(1 if self.agent.elected else self.agent.threads)
-        self.pause()
-
-    def expect(self, pointer, number):
-        assert self.agent.elected
-        self.barrier(pointer).add_bytes(number)
-        self.barrier(pointer).arrive(1)
+        super().arrive(pointer)
 
     # ------------------------------------------------------------------ the ring of stages
 
@@ -538,7 +323,7 @@ class Machine:
 
     def wait_products(self, pending):
         running = self.agent.running
-        del running[: len(running) - pending]
+        del running[: max(0, len(running) - pending)]
 
     # ------------------------------------------------------------------ the epilogue's memory
 
@@ -626,15 +411,6 @@ class Machine:
 
         self.events.append(read)
 
-    def commit_group(self):
-        self.agent.groups.append(self.agent.open_group)
-        self.agent.open_group = []
-
-    def wait_group(self, pending, read):
-        groups = self.agent.groups
-        older = groups[: len(groups) - pending]
-        self.pause(lambda: all(state[0] for group in older for state in group))
-
     def load(self, source, target, pointer):
         agent, cell = self.agent, self.cell(target)
         assert cell.writer is None and not cell.readers, f"{target} is loaded into while in use"
@@ -662,35 +438,3 @@ class Machine:
                 self.barrier(("full", index), cta).add_bytes(-number)
 
             self.events.append(land)
-
-
-class Lanes(NamedTuple):
-    """ldmatrix or stmatrix of a warp."""
-
-    direction: str
-
-    def get_slice(self, _thread):
-        return self
-
-    def retile(self, registers):
-        return registers
-
-
-class Scores:
-    def __getitem__(self, row):
-        return Symbol(("score", row))
-
-
-def h_values(row, column, half):
-    return tuple(Symbol(("H", row, column, half, i)) for i in range(FRAGMENT))
-
-
-def rebind(function: FunctionType, fakes: dict) -> FunctionType:
-    """The function with other globals: those it names that are in `fakes`."""
-    known = dict(function.__globals__)
-    known.update({name: fake for name, fake in fakes.items() if name in known})
-    bound = FunctionType(
-        function.__code__, known, function.__name__, function.__defaults__, function.__closure__
-    )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    return bound

@@ -21,14 +21,8 @@ from sonicmoe_kernels.tiles import (
     why_illegal,
 )
 
-from tests.kernels.relayed_machine import (
-    FRAGMENT,
-    Machine,
-    Symbol,
-    activate,
-    differentiate,
-    h_values,
-)
+from tests.kernels.relayed_machine import Machine
+from tests.kernels.symbols import FRAGMENT, Symbol, activate, differentiate, h_values
 
 ROWS = (0, 1, 15, 16, 17, 48, 63, 64, 65, 127, 128, 129, 191, 193, 256, 257, 300, 385)
 # F of one n tile (an odd m tile leaves a CTA out of range), of one and a half, of two, of three.
