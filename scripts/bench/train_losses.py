@@ -25,9 +25,14 @@ def write(rows: list[dict], folder: Path) -> None:
 
 
 def distances(rows: list[dict], router: str, mode: str) -> dict[str, list[float]]:
-    """Absolute difference of the loss to the torch backend's, step by step, for each other run."""
+    """Absolute difference of the loss to the torch backend's, step by step, for each other run.
+
+    Nothing where the torch backend's run failed.
+    """
     curves = {r["run"]: r["losses"] for r in rows if (r["router"], r["mode"]) == (router, mode)}
-    base = curves.pop("torch", [])
+    base = curves.pop("torch", None)
+    if base is None:
+        return {}
     return {
         name: [abs(a - b) for a, b in zip(curve, base, strict=False)]
         for name, curve in curves.items()

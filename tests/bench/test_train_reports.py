@@ -109,3 +109,12 @@ def test_losses_report_measures_distances_to_the_torch_backend(tmp_path: Path) -
     text = (tmp_path / f"{train_losses.NAME}.md").read_text()
     assert "| topk | eager | hopper | 0.01000 | 0.01000 | 0.01000 |" in text
     assert (tmp_path / f"{train_losses.NAME}.png").stat().st_size > 10_000
+
+
+def test_losses_report_survives_a_failed_torch_run(tmp_path: Path) -> None:
+    common = {"router": "topk", "mode": "eager", "layers": 1, "versions": {"torch": "2.14.1"}}
+    where = {"device": "NVIDIA H100", "commit": "abc", "date": "2026-11-26"}
+    rows = [common | where | {"run": "hopper", "losses": [3.0, 2.0]}]
+    assert train_losses.distances(rows, "topk", "eager") == {}
+    train_losses.write(rows, tmp_path)
+    assert "| topk |" not in (tmp_path / f"{train_losses.NAME}.md").read_text()
