@@ -186,6 +186,8 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return "ping-pong keeps 128 rows in one warpgroup: over 192 accumulators a thread spill"
     if gemm.relayed and gemm.kernel not in ("up", "d_hidden"):
         return "relayed epilogues are written for up and d_hidden only"
+    if gemm.relayed and tile.epi_n != 32:
+        return f"epi_n={tile.epi_n}: a relayed epilogue has registers for 32 columns at a time"
     if gemm.relayed and (gemm.epi_chunks % SLICES or (gemm.loads and tile.load_sets != SLICES)):
         return f"a relayed epilogue takes chunks and load sets by {SLICES}: a buffer's slices"
     if tile.epi_sets < 1 or (gemm.epi_chunks * blocks) % tile.epi_sets:

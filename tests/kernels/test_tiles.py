@@ -55,6 +55,7 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
         ({"tile": RowTile(128, 3, "relayed")}, "by 4"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3, "relayed", load_sets=2)}, "by 4"),
         ({"tile": RowTile(256, 4, "relayed")}, "shared memory"),
+        ({"tile": RowTile(256, 2, "relayed", epi_n=64)}, "epi_n=64"),
     ],
 )
 def test_an_illegal_configuration_is_refused_with_its_reason(changes, reason):
