@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
 import statistics
 import sys
 import time
@@ -38,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
 import roofline  # noqa: E402
-from bench import facts, moe_report  # noqa: E402
+from bench import driver, facts, moe_report  # noqa: E402
 from bench.kernels import EXPERTS, expert_kernel  # noqa: E402
 from bench.process import Turn, WorkerProcess, alternate  # noqa: E402
 
@@ -74,26 +73,13 @@ def per_kernel(kernels: dict[str, float], case: Case) -> dict[str, dict[str, flo
 
 def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> None:
     """Alternate rounds over implementations, shape by shape; `path` is rewritten after each."""
-    pythonpaths = dict(entry.split("=", 1) for entry in arguments.pythonpath)
     began = time.monotonic()
-    workers = {
-        name: WorkerProcess(
-            "bench.moe_worker",
-            name,
-            log=path.with_name(f"bench_{name}.log"),
-            pythonpath=pythonpaths.get(name),
-        )
-        for name in arguments.impls
-    }
-    try:
+    with driver.workers("bench.moe_worker", arguments, logs=path.parent, prefix="bench") as workers:
         common = facts.where_and_when() | {"rates": facts.measured_rates()}
         print(json.dumps(common), flush=True)
+        shapes = shapes_named(arguments.shapes)
         with facts.sampled_clocks() as clocks:
-            for shape in shapes_named(arguments.shapes):
-                seconds = time.monotonic() - began
-                if arguments.deadline and seconds > arguments.deadline:
-                    print(f"{shape}: left out, {seconds:.0f} s are over", flush=True)
-                    continue
+            for shape in driver.in_time(shapes, began=began, deadline_s=arguments.deadline):
                 new = _measure_shape(shape, workers, arguments, clocks)
                 for record in new:
                     record |= common
@@ -104,9 +90,6 @@ def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> N
                 path.write_text(json.dumps(records, indent=1) + "\n")
                 for record in new:
                     print(moe_report.line(record), flush=True)
-    finally:  # a worker in the middle of a round would disturb whoever measures next
-        for worker in workers.values():
-            worker.kill()
 
 
 def shapes_named(names: Iterable[str]) -> list[str]:
@@ -195,21 +178,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parse()
-    path = arguments.out / f"{moe_report.NAME}.json"
-    keep = (arguments.append or arguments.report) and path.exists()
-    records = json.loads(path.read_text()) if keep else []
-    if not arguments.report:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit("bench_moe: needs an NVIDIA GPU")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_moe: stopped"))
-        measure(arguments, records, path)
-    if not records:
-        sys.exit(f"bench_moe: no records in {path}; see the logs beside it")
-    moe_report.write(records, arguments.out)
+    driver.run("bench_moe", moe_report, parse(), measure)
 
 
 if __name__ == "__main__":

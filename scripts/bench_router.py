@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-from bench import facts, router_report  # noqa: E402
+from bench import driver, facts, router_report  # noqa: E402
 from bench.process import Turn, WorkerProcess, alternate  # noqa: E402
 from sonicmoe_kernels import kernel_lists  # noqa: E402
 from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
@@ -116,23 +115,10 @@ def summarise(label: str, answers: list[dict]) -> dict:
 
 def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> None:
     """Shape by shape; `path` is rewritten after each."""
-    pythonpaths = dict(entry.split("=", 1) for entry in arguments.pythonpath)
     began, common = time.monotonic(), facts.where_and_when()
-    workers = {
-        impl: WorkerProcess(
-            "bench.router_worker",
-            impl,
-            log=path.with_name(f"bench_router_{impl}.log"),
-            pythonpath=pythonpaths.get(impl),
-        )
-        for impl in arguments.impls
-    }
-    try:
-        for shape in shapes_named(arguments.shapes):
-            seconds = time.monotonic() - began
-            if arguments.deadline and seconds > arguments.deadline:
-                print(f"{shape}: left out, {seconds:.0f} s are over", flush=True)
-                continue
+    module, prefix, shapes = "bench.router_worker", "bench_router", shapes_named(arguments.shapes)
+    with driver.workers(module, arguments, logs=path.parent, prefix=prefix) as workers:
+        for shape in driver.in_time(shapes, began=began, deadline_s=arguments.deadline):
             asked = turns(shape, workers, arguments)
             rounds = alternate(asked, rounds=arguments.rounds, limit_s=arguments.limit)
             new = [summarise(label, answers) | common for label, answers in rounds.items()]
@@ -145,9 +131,6 @@ def measure(arguments: argparse.Namespace, records: list[dict], path: Path) -> N
                     f"{r['router_ms']:.3f}, {r['launches']} launches, {r['wall_s']:.0f} s",
                     flush=True,
                 )
-    finally:
-        for worker in workers.values():
-            worker.kill()
 
 
 def main() -> None:
@@ -173,20 +156,7 @@ def main() -> None:
         wanted = [spec for shape in shapes for spec in specs_of(shape, arguments.routers)]
         warm_up(wanted, jobs=arguments.jobs)
         return
-    path = arguments.out / f"{router_report.NAME}.json"
-    keep = (arguments.append or arguments.report) and path.exists()
-    records = json.loads(path.read_text()) if keep else []
-    if not arguments.report:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit("bench_router: needs an NVIDIA GPU")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench_router: stopped"))
-        measure(arguments, records, path)
-    if not records:
-        sys.exit(f"bench_router: no records in {path}; see the logs beside it")
-    router_report.write(records, arguments.out)
+    driver.run("bench_router", router_report, arguments, measure)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import bench_moe
 import bench_router
 import launch_layers
 import pytest
-from bench import facts, moe_report, router_report
+from bench import driver, facts, moe_report, router_report
 from sonicmoe_kernels.rounding import ROUNDINGS
 
 RATES = {"matmul_tflops": 700.0, "copy_tb_s": 3.0}
@@ -26,7 +26,7 @@ class Answering:
     """In the place of a WorkerProcess; "liger" fails on every request."""
 
     killed: list[str]
-    details: dict
+    details_of: dict[str, dict]
 
     def __init__(self, module: str, name: str, **_: object) -> None:
         self.module, self.name = module, name
@@ -34,7 +34,7 @@ class Answering:
     def ask(self, request: dict, *, limit_s: float) -> dict:
         if self.name == "liger":
             return {"error": "out of memory"}
-        more = self.details if request["details"] else {}
+        more = self.details_of[self.module] if request["details"] else {}
         probes = {"probes": {"out": 1.0 if self.name == "official" else 0.0}}
         return TIMES | more | (probes if more else {})
 
@@ -45,9 +45,9 @@ class Answering:
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
-    for driver, details in ((bench_moe, MOE_DETAILS), (bench_router, ROUTER_DETAILS)):
-        attributes = {"killed": names, "details": details}
-        monkeypatch.setattr(driver, "WorkerProcess", type("Worker", (Answering,), attributes))
+    details = {"bench.moe_worker": MOE_DETAILS, "bench.router_worker": ROUTER_DETAILS}
+    attributes = {"killed": names, "details_of": details}
+    monkeypatch.setattr(driver, "WorkerProcess", type("Worker", (Answering,), attributes))
     monkeypatch.setattr("bench.facts.measured_rates", lambda: RATES)
     return names
 
