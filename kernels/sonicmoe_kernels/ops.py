@@ -209,26 +209,14 @@ class _Experts(torch.autograd.Function):
         )
 
 
-class _ExpertsBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return experts_backward.below_autograd(keys, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            "moe_experts has no second derivative: its backward recomputes activations in a fused "
-            "kernel. Take gradients without create_graph=True."
-        )
-
-
 experts = ThinOp(_library, "sonicmoe::experts", _experts, _experts_fake, _Experts)
 experts_backward = ThinOp(
     _library,
     "sonicmoe::experts_backward",
     _experts_backward,
     _experts_backward_fake,
-    _ExpertsBackward,
+    refusal="moe_experts has no second derivative: its backward recomputes activations in a fused "
+    "kernel. Take gradients without create_graph=True.",
 )
 # It runs where no gradient of its results can be asked for.
 experts_backward_in_place = ThinOp(

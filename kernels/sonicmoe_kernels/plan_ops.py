@@ -147,19 +147,6 @@ class _RoundingPlan(torch.autograd.Function):
         return None, None, dchosen, dadded, None, None, None, None
 
 
-class _PlanScoresBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return plan_scores_backward.below_autograd(keys, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            "a plan's scores have no second derivative on the hopper backend: take gradients "
-            "without create_graph=True, or build the plan with backend='torch'."
-        )
-
-
 topk_plan = ThinOp(_library, "sonicmoe::topk_plan", _topk_plan, _topk_plan_fake, _TopKPlan)
 rounding_plan = ThinOp(
     _library, "sonicmoe::rounding_plan", _rounding_plan, _rounding_plan_fake, _RoundingPlan
@@ -169,5 +156,6 @@ plan_scores_backward = ThinOp(
     "sonicmoe::plan_scores_backward",
     _plan_scores_backward,
     _plan_scores_backward_fake,
-    _PlanScoresBackward,
+    refusal="a plan's scores have no second derivative on the hopper backend: take gradients "
+    "without create_graph=True, or build the plan with backend='torch'.",
 )

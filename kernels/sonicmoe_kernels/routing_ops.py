@@ -198,26 +198,14 @@ class _RouteTopK(torch.autograd.Function):
         return None, dlogits, *(None,) * 7
 
 
-class _RouteTopKBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keys: Any, *inputs: Any) -> Tensor:
-        return route_topk_backward.below_autograd(keys, *inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            "route_topk has no second derivative on the hopper backend: take gradients without "
-            "create_graph=True, or route with backend='torch'."
-        )
-
-
 route_topk = ThinOp(_library, "sonicmoe::route_topk", _route_topk, _route_topk_fake, _RouteTopK)
 route_topk_backward = ThinOp(
     _library,
     "sonicmoe::route_topk_backward",
     _route_topk_backward,
     _route_topk_backward_fake,
-    _RouteTopKBackward,
+    refusal="route_topk has no second derivative on the hopper backend: take gradients without "
+    "create_graph=True, or route with backend='torch'.",
 )
 
 # What selective activation checkpointing keeps, so that the choice cannot change in between.

@@ -28,6 +28,7 @@ class ThinOp:
         fake: the same for shapes alone.
         function: called with (keys, *inputs) where an input needs a gradient; its forward calls
             `below_autograd`. Without one, no gradient passes.
+        refusal: instead of a function, what a RuntimeError says to who asks for a gradient.
     """
 
     def __init__(
@@ -37,7 +38,11 @@ class ThinOp:
         eager: Callable[..., Any],
         fake: Callable[..., Any],
         function: type[torch.autograd.Function] | None = None,
+        *,
+        refusal: str | None = None,
     ) -> None:
+        if refusal is not None:
+            function = _refusing(self, refusal)
         namespace, short = name.split("::")
         self.op = getattr(getattr(torch.ops, namespace), short).default
         self.eager = eager
@@ -78,3 +83,18 @@ def _somebody_watches() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return torch._C._are_functorch_transforms_active()
+
+
+def _refusing(op: ThinOp, refusal: str) -> type[torch.autograd.Function]:
+    """The gradient of an operator that has none."""
+
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
+            return op.below_autograd(keys, *inputs)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            raise RuntimeError(refusal)
+
+    return Refusing
