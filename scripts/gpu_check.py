@@ -17,6 +17,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import itertools
 import os
 import statistics
 import subprocess
@@ -168,19 +169,18 @@ def run_step(step: Step, dtype: str) -> bool:
     return passed
 
 
-def run_steps(steps: list[Step], dtype: str) -> int:
-    """Runs the steps, a few at a time; the number that failed."""
+def run_steps(steps: list[Step], dtype: str) -> list[bool]:
+    """Runs the steps, a few at a time; which of them passed."""
     with ThreadPoolExecutor(CONCURRENT) as pool:
-        results = list(pool.map(lambda step: run_step(step, dtype), steps))
-    failed = results.count(False)
-    print(f"{failed} of {len(results)} failed", flush=True)
-    return failed
+        passed = list(pool.map(lambda step: run_step(step, dtype), steps))
+    print(f"{passed.count(False)} of {len(passed)} failed", flush=True)
+    return passed
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Every chosen case against the fp32 reference."""
     steps = [Step(group, case, arguments.kernels) for group, case in cases_named(arguments.cases)]
-    return int(run_steps(steps, arguments.dtype) > 0)
+    return int(not all(run_steps(steps, arguments.dtype)))
 
 
 def variants_of(case: Case, dtype: str) -> list[tuple[str, RowGemm | WeightGemm]]:
@@ -204,19 +204,19 @@ def variants_of(case: Case, dtype: str) -> list[tuple[str, RowGemm | WeightGemm]
 
 
 def run_variants(arguments: argparse.Namespace) -> int:
-    """Checks every variant on a small T, then times all in rounds."""
+    """Checks every variant on a small T, then times those that passed, in rounds."""
     from tests.gpu.row_kernels import forced_tile, launchers, make_problem
 
-    named = cases_named(arguments.cases)
-    if not arguments.skip_check:
-        name, case = named[0]
-        small = dataclasses.replace(case, T=min(case.T, 2048))
-        steps = [Step(name, small, k, gemm.tile) for k, gemm in variants_of(case, arguments.dtype)]
-        run_steps(steps, arguments.dtype)
-    for name, case in named:
+    for name, case in cases_named(arguments.cases):
+        variants = variants_of(case, arguments.dtype)
+        if not arguments.skip_check:
+            small = dataclasses.replace(case, T=min(case.T, 2048))
+            steps = [Step(name, small, kernel, gemm.tile) for kernel, gemm in variants]
+            passed = run_steps(steps, arguments.dtype)
+            variants = list(itertools.compress(variants, passed))
         problem = make_problem(case, getattr(torch, arguments.dtype))
         calls = {}
-        for kernel, gemm in variants_of(case, arguments.dtype):
+        for kernel, gemm in variants:
             with forced_tile(kernel, gemm.tile):
                 calls[kernel, gemm.tile] = launchers(problem)[kernel].call
         times: dict = {key: [] for key in calls}

@@ -8,7 +8,8 @@ Legend
     over the chosen:  dlogit_e = s_e (D_e - sum s D)  + q_k (g_k - sum q g)  where e is the k-th
     else G_e = D_e + c_k where e is the k-th choice, c_k = g_k or (g_k - sum q g) / (S + epsilon):
     softmax           dlogit_e = s_e (G_e - sum s G)
-    sigmoid           dlogit_e = s_e (1 - s_e) G_e
+    sigmoid           dlogit_e = s_e (1 - s_e) G_e, as e / (1 + e)^2 of e = exp(-|logit|): 1 - s
+                      has lost its digits where s is near 1
 """
 
 import cutlass
@@ -99,7 +100,8 @@ class TopKGradient:
                     rG[i] = rG[i] * scale
             if const_expr(spec.reads_logits):
                 rX = self.row.load(mLogits_TE, start, lane, -Float32.inf)
-                largest, total = self.row.to_scores(rX)
+                if const_expr(not self.is_sigmoid):
+                    largest, total = self.row.to_scores(rX)
             expert, dweight = Int32(0), Float32(0.0)
             if const_expr(spec.d_weights):
                 expert, dweight = self.load_chosen(mIds_TK, mDWeights_TK, token, lane)
@@ -152,18 +154,23 @@ class TopKGradient:
         return value
 
     @cute.jit
-    def through_scores(self, rG: cute.Tensor, rScore: cute.Tensor):
-        """Turns the gradient of the scores into that of the logits, in place."""
+    def through_scores(self, rG: cute.Tensor, rX: cute.Tensor):
+        """Turns the gradient of the scores into that of the logits, in place.
+
+        rX holds the logits of sigmoid, the scores of softmax.
+        """
         if const_expr(self.is_sigmoid):
             for i in cutlass.range_constexpr(self.per_lane):
-                rG[i] = rG[i] * rScore[i] * (1.0 - rScore[i])
+                decay = cute.math.exp(-cute.arch.fmax(rX[i], -rX[i]))
+                inverse = cute.arch.rcp_approx(1.0 + decay)
+                rG[i] = rG[i] * (decay * inverse * inverse)
         else:
             mean = Float32(0.0)
             for i in cutlass.range_constexpr(self.per_lane):
-                mean += rScore[i] * rG[i]
+                mean += rX[i] * rG[i]
             mean = cute.arch.warp_reduction_sum(mean)
             for i in cutlass.range_constexpr(self.per_lane):
-                rG[i] = rScore[i] * (rG[i] - mean)
+                rG[i] = rX[i] * (rG[i] - mean)
 
     @cute.jit
     def add_chosen(
