@@ -63,7 +63,7 @@ EXTRA_CASES = (
 )
 
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(256, 3, "relayed")),
+    "up": (RowTile(256, 4), RowTile(256, 4, streams=True)),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
@@ -71,9 +71,9 @@ VARIANTS = {
     ),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
-        RowTile(256, 3, load_sets=2, prefetches=True),
+        RowTile(256, 3, load_sets=2, streams=True),
         RowTile(256, 3, "relayed", load_sets=4),
-        RowTile(256, 3, "relayed", load_sets=4, prefetches=True),
+        RowTile(256, 3, "relayed", load_sets=4, streams=True),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),

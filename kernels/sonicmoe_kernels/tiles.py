@@ -33,8 +33,8 @@ class RowTile:
 
     tile_n: columns of the B tile (of both halves together when W1 and W3 are stacked along N).
     stages: k tiles in flight. epi_n: columns of one store; epi_sets: store buffers a warpgroup
-    cycles through; load_sets: buffers for H tiles read ahead, prefetches: whether the rest of H is
-    brought to L2 at the start of a tile (both d_hidden only).
+    cycles through; load_sets: buffers for H tiles read ahead (d_hidden only). streams: what the
+    epilogue loads and stores shall not keep gathered rows out of L2 (up and d_hidden).
 
     schedule: how main loops and epilogues share a multiprocessor. "cooperative": both consumer
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
@@ -48,7 +48,7 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
-    prefetches: bool = False
+    streams: bool = False
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def configurations():
 def label(gemm):
     tile = gemm.tile
     name = f"{gemm.kernel}-{tile.schedule}-{tile.tile_n}-{tile.stages}-{tile.epi_n}"
-    name += "-prefetch" if tile.prefetches else ""
+    name += "-streams" if tile.streams else ""
     return f"{name}-{gemm.activation}-{gemm.dtype}-E{gemm.num_experts}"
 
 

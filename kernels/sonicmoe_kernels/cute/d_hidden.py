@@ -27,18 +27,13 @@ ROWS_PER_THREAD = 2  # of a block of 64: rows lane / 4 and lane / 4 + 8 of the w
 
 
 class DHiddenTensors(NamedTuple):
-    """H's load map, the ragged store maps of dH and A', scores and the dS partials.
-
-    h_block: a map of H whose boxes are a warpgroup's whole part of a tile, to bring it to L2 ahead;
-    None where that is not done.
-    """
+    """H's load map, the ragged store maps of dH and A', scores and the dS partials."""
 
     h: TmaMap
     dh: TmaMap
     a: TmaMap
     mScore: cute.Tensor
     mDScore: cute.Tensor
-    h_block: TmaMap | None
 
 
 class DHidden(GroupedGemmM):
@@ -66,26 +61,15 @@ class DHidden(GroupedGemmM):
         self.make_layouts()
         f, halves = self.gemm.f, self.gemm.halves
         h_rows = cute.make_layout((mH_RHF.shape[0], f, halves), stride=(halves * f, 1, f))
-        mH = cute.make_tensor(mH_RHF.iterator, h_rows)
         tensors = DHiddenTensors(
-            self.load_map(mH),
+            self.load_map(cute.make_tensor(mH_RHF.iterator, h_rows)),
             self.store_map(ragged_view(mDH_RHF.iterator, (f, halves), (1, f), halves * f)),
             self.store_map(ragged_view(mA_RF.iterator, (f,), (1,), f)),
             mScore_R,
             mDScore_NR,
-            self.block_map(mH) if const_expr(self.tile.prefetches) else None,
         )
         weights = (self.weight_maps(mW2_EDF),)
         self.launch(mOffsets, Gathered(mDO_TD, mIndex_R), weights, tensors, num_ctas, stream)
-
-    def block_layout(self) -> cute.Layout:
-        """A warpgroup's part of a tile, as if it lay in shared memory: it goes to L2 only."""
-        return cute.make_layout((WARPGROUP_ROWS, self.gemm.n_step), stride=(self.gemm.n_step, 1))
-
-    def block_map(self, mH: cute.Tensor) -> TmaMap:
-        """Map of H in boxes of 64 rows by a tile's columns."""
-        operation, box = cpasync.CopyBulkTensorTileG2SOp(), (WARPGROUP_ROWS, self.gemm.n_step)
-        return TmaMap(*cpasync.make_tiled_tma_atom(operation, mH, self.block_layout(), box))
 
     def epilogue_registers(self) -> tuple:
         """(scores, sums of dS) of this thread's rows."""
@@ -103,31 +87,11 @@ class DHidden(GroupedGemmM):
     def before_main_loop(self, tensors, registers, memory, output):
         """Starts the first loads of H and reads the scores, ahead of the products."""
         rScore, _ = registers
-        if const_expr(self.tile.prefetches):
-            self.prefetch_h(tensors, memory, output)
         for chunk in cutlass.range_constexpr(self.tile.load_sets):
             self.load_h(tensors, memory, output, chunk)
         for i in cutlass.range_constexpr(cute.size(rScore)):
             row = cutlass.min(self.thread_row(memory, output, i), output.length - 1)
             rScore[i] = tensors.mScore[output.first + row]
-
-    @cute.jit
-    def prefetch_h(self, tensors, memory, output):
-        """Starts bringing all halves of this warpgroup's part of H to L2."""
-        gRows = cute.domain_offset((output.first + output.row, 0, 0), tensors.h_block.mTensor)
-        gBlocks = cute.local_tile(gRows, (WARPGROUP_ROWS, self.gemm.n_step), (0, None, None))
-        nowhere = cute.recast_ptr(memory.sLoad.iterator, dtype=self.dtype)
-        sBlock = cute.make_tensor(nowhere, self.block_layout())
-        _, gBox = cpasync.tma_partition(
-            tensors.h_block.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sBlock, 0, 2),
-            cute.group_modes(gBlocks, 0, 2),
-        )
-        if memory.is_issuer:
-            for half in cutlass.range_constexpr(self.gemm.halves):
-                cute.prefetch(tensors.h_block.atom, gBox[None, output.n, half])
 
     @cute.jit
     def load_h(self, tensors, memory, output, chunk: cutlass.Constexpr):
@@ -145,12 +109,8 @@ class DHidden(GroupedGemmM):
                 cute.arch.mbarrier_arrive_and_expect_tx(barrier, gemm.halves * chunk_bytes)
             for half in cutlass.range_constexpr(gemm.halves):
                 buffer = self.load_buffer(memory, load_set, half)
-                cute.copy(
-                    tensors.h.atom,
-                    gBox[None, column, half],
-                    sBox[None, buffer],
-                    tma_bar_ptr=barrier,
-                )
+                source, target = gBox[None, column, half], sBox[None, buffer]
+                self.copy_once(tensors.h.atom, source, target, tma_bar_ptr=barrier)
 
     def load_barrier(self, memory, load_set: int) -> cute.Pointer:
         """The barrier that says a warpgroup's load set is there."""
@@ -194,10 +154,9 @@ class DHidden(GroupedGemmM):
                 if memory.is_issuer:
                     column = output.n * gemm.epi_chunks + column_chunk
                     for half in cutlass.range_constexpr(halves):
-                        cute.copy(
-                            tensors.dh.atom, sBox[None, buffer + half], gDH[None, column, half]
-                        )
-                    cute.copy(tensors.a.atom, sBox[None, buffer + halves], gA[None, column])
+                        target = gDH[None, column, half]
+                        self.copy_once(tensors.dh.atom, sBox[None, buffer + half], target)
+                    self.copy_once(tensors.a.atom, sBox[None, buffer + halves], gA[None, column])
                     cute.arch.cp_async_bulk_commit_group()
         self.store_dscore(tensors, rSum, memory, output)
 

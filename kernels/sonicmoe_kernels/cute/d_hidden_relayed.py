@@ -4,8 +4,7 @@ Legend: F expert width, halves 2 when gated; block, slice, chunk, unit, place as
 
 Mathematics, bytes and FLOPs as in `d_hidden`; dA' is rounded once when it is handed over. A load
 set is a place in a chunk for every half: it holds a unit of H while that is loaded, turned into dH
-and stored. Three units are on their way while one is worked on; a tile that prefetches brings the
-rest to L2 when the block's turn comes, most of a main loop before its sums are there.
+and stored. Three units are on their way while one is worked on.
 """
 
 import cutlass
@@ -30,9 +29,7 @@ class DHiddenRelayed(Relayed, DHidden):
 
     @cute.jit
     def before_block(self, tensors, registers, memory, output):
-        """Brings the block's H to L2, its first units to their sets, and the first scores."""
-        if const_expr(self.tile.prefetches):
-            self.prefetch_h(tensors, memory, output)
+        """Starts the loads of the block's first units and scores."""
         for chunk in cutlass.range_constexpr(AHEAD):
             self.load_unit(tensors, memory, output, chunk)
         self.load_scores(tensors, registers[0], memory, output)
@@ -50,7 +47,8 @@ class DHiddenRelayed(Relayed, DHidden):
         for half in cutlass.range_constexpr(gemm.halves):
             at = self.h_chunk(memory, half) * SLICES + place
             column = output.n * gemm.epi_chunks + chunk
-            cute.copy(tensors.h.atom, gBox[None, column, half], sBox[None, at], tma_bar_ptr=barrier)
+            source, target = gBox[None, column, half], sBox[None, at]
+            self.copy_once(tensors.h.atom, source, target, tma_bar_ptr=barrier)
 
     def h_chunk(self, memory, half: int):
         """Index among the load buffers of the block's chunk for a half of H."""
@@ -102,8 +100,8 @@ class DHiddenRelayed(Relayed, DHidden):
             column = n * gemm.epi_chunks + chunk
             for half in cutlass.range_constexpr(halves):
                 buffer = self.h_chunk(memory, half) * SLICES + place
-                cute.copy(tensors.dh.atom, sSets[None, buffer], gDH[None, column, half])
-            cute.copy(tensors.a.atom, sBox[None, at * SLICES + i], gA[None, column])
+                self.copy_once(tensors.dh.atom, sSets[None, buffer], gDH[None, column, half])
+            self.copy_once(tensors.a.atom, sBox[None, at * SLICES + i], gA[None, column])
             cute.arch.cp_async_bulk_commit_group()
             # The unit before this one leaves its set to the unit that comes AHEAD of this one.
             cute.arch.cp_async_bulk_wait_group(1, read=True)

@@ -87,8 +87,7 @@ class Up(GroupedGemmM):
                 self.publish(memory)
                 if memory.is_issuer:
                     for half in cutlass.range_constexpr(halves):
-                        cute.copy(
-                            epilogue.h.atom, sBox[None, buffer + half], gH[None, column, half]
-                        )
-                    cute.copy(epilogue.a.atom, sBox[None, buffer + halves], gA[None, column])
+                        target = gH[None, column, half]
+                        self.copy_once(epilogue.h.atom, sBox[None, buffer + half], target)
+                    self.copy_once(epilogue.a.atom, sBox[None, buffer + halves], gA[None, column])
                     cute.arch.cp_async_bulk_commit_group()
