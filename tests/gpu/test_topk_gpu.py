@@ -307,7 +307,7 @@ BROKEN_FORWARD = {
 }
 BROKEN_BACKWARD = {
     "no mean of the weights": ("weight * (dweight - mean)", "weight * dweight"),
-    "no mean of the scores": ("rScore[i] * (rG[i] - mean)", "rScore[i] * rG[i]"),
+    "no mean of the scores": ("rX[i] * (rG[i] - mean)", "rX[i] * rG[i]"),
     "the chosen replace the rest": ("rG[i] = rG[i] + own[i]", "rG[i] = own[i]"),
     "scores without the route scale": ("rG[i] = rG[i] * scale", "rG[i] = rG[i]"),
 }
@@ -341,8 +341,9 @@ def test_a_broken_forward_is_noticed(
     case, *change = BROKEN_FORWARD[name]
     kernel = broken_kernel(case.specs()[0], tmp_path, *change)
     monkeypatch.setattr(routing_ops, "_forward_kernel", lambda *_: kernel)
-    logits_TE = case.logits(300).clamp(-1, 1).round()  # many equals
-    logits_TE[::2] -= 5  # and rows whose choice is negative
+    logits_TE = case.logits(300).round()
+    logits_TE[::3].clamp_(-1, 1)  # more equals than are chosen
+    logits_TE[1::3] -= 20  # several values are chosen, all negative
     with pytest.raises(AssertionError):
         check_forward(case, logits_TE)
 
