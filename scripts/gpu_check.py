@@ -63,7 +63,7 @@ EXTRA_CASES = (
 )
 
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(256, 4, streams=True)),
+    "up": (RowTile(256, 4), RowTile(128, 6, "pingpong"), RowTile(128, 5, "pingpong", epi_sets=2)),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
@@ -71,17 +71,15 @@ VARIANTS = {
     ),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
-        RowTile(256, 3, load_sets=2, streams=True),
         RowTile(256, 3, "relayed", load_sets=4),
-        RowTile(256, 3, "relayed", load_sets=4, streams=True),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),
-    "d_weight2": (WeightTile(256, 4, 2), WeightTile(256, 3, 2, store_buffers=8)),
-    "d_weight13": (WeightTile(256, 4, 2), WeightTile(256, 3, 2, store_buffers=8)),
+    "d_weight2": (WeightTile(256, 4, 2),),
+    "d_weight13": (WeightTile(256, 4, 2),),
 }
 
 

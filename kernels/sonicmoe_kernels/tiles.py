@@ -33,8 +33,7 @@ class RowTile:
 
     tile_n: columns of the B tile (of both halves together when W1 and W3 are stacked along N).
     stages: k tiles in flight. epi_n: columns of one store; epi_sets: store buffers a warpgroup
-    cycles through; load_sets: buffers for H tiles read ahead (d_hidden only). streams: what the
-    epilogue loads and stores shall not keep gathered rows out of L2 (up and d_hidden).
+    cycles through; load_sets: buffers for H tiles read ahead (d_hidden only).
 
     schedule: how main loops and epilogues share a multiprocessor. "cooperative": both consumer
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
@@ -48,7 +47,6 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
-    streams: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,19 +128,13 @@ class RowGemm:
         return self.tile.schedule == "relayed"
 
     @property
-    def handed_chunks(self) -> int:
-        """Chunks of 64 x epi_n that a relayed tile's sums take in 16 bits."""
-        return 2 * self.tile.tile_n // self.tile.epi_n if self.relayed else 0
-
-    @property
     def store_buffers(self) -> int:
         """Chunks of shared memory that the epilogue stores from.
 
-        Relayed: results take the place of what was handed over and of H; A of the up projection
-        has a chunk for each of the two warps.
+        Relayed: A' takes the place of the sums, handed over in 16 bits, and dH that of H.
         """
         if self.relayed:
-            return self.handed_chunks + 2 * (self.kernel == "up")
+            return 2 * self.epi_chunks
         return 2 * self.tile.epi_sets * self.stores
 
     @property
@@ -184,11 +176,11 @@ def why_illegal(gemm: RowGemm) -> str | None:
     blocks = 2 if tile.schedule == "pingpong" else 1
     if tile.schedule == "pingpong" and tile.tile_n * blocks // 2 > 192:
         return "ping-pong keeps 128 rows in one warpgroup: over 192 accumulators a thread spill"
-    if gemm.relayed and gemm.kernel not in ("up", "d_hidden"):
-        return "relayed epilogues are written for up and d_hidden only"
+    if gemm.relayed and gemm.kernel != "d_hidden":
+        return "a relayed epilogue is written for d_hidden only"
     if gemm.relayed and tile.epi_n != 32:
         return f"epi_n={tile.epi_n}: a relayed epilogue has registers for 32 columns at a time"
-    if gemm.relayed and (gemm.epi_chunks % SLICES or (gemm.loads and tile.load_sets != SLICES)):
+    if gemm.relayed and (gemm.epi_chunks % SLICES or tile.load_sets != SLICES):
         return f"a relayed epilogue takes chunks and load sets by {SLICES}: a buffer's slices"
     if tile.epi_sets < 1 or (gemm.epi_chunks * blocks) % tile.epi_sets:
         return f"epi_sets={tile.epi_sets} must divide the {gemm.epi_chunks * blocks} chunks"
@@ -224,12 +216,24 @@ ROW_TILES: dict[RowKernel, tuple[RowTile, ...]] = {
     "down": PLAIN_TILES,
     "d_input": PLAIN_TILES,
     "d_hidden": (
+        RowTile(256, 3, "relayed", load_sets=4),
         RowTile(256, 3, load_sets=2),
         RowTile(192, 3, load_sets=2),
         RowTile(128, 4, load_sets=2),
         RowTile(64, 4, load_sets=2),
     ),
 }
+
+
+def relay_pays(gemm: RowGemm) -> bool:
+    """Whether a relayed epilogue is worth rounding dA' once more.
+
+    H100, 2026-11-27, relayed and cooperative tiles of 256 columns, ms: 0.44, 0.47 (D 1536, F 256);
+    1.77, 1.93 (2048, 768); 2.33, 2.33 and 2.39, 2.35 (4096): the main loop is most of the time either
+    way; 0.60, 0.53 (768): two warps need longer than it. Rounded to fp16, dA' would overflow before
+    its score has scaled it.
+    """
+    return gemm.dtype == "bfloat16" and 1024 <= gemm.d < 4096
 
 
 def column_cost(tile: RowTile) -> float:
@@ -257,8 +261,9 @@ def pick_rows(
     ]
     legal = [gemm for gemm in candidates if why_illegal(gemm) is None]
     if not legal:
-        raise ValueError(f"{kernel}: {why_illegal(candidates[0])}")
-    return min(legal, key=lambda g: g.n_tiles * g.tile.tile_n * column_cost(g.tile))
+        raise ValueError(f"{kernel}: {why_illegal(candidates[-1])}")
+    worthwhile = [gemm for gemm in legal if not gemm.relayed or relay_pays(gemm)]
+    return min(worthwhile, key=lambda g: g.n_tiles * g.tile.tile_n * column_cost(g.tile))
 
 
 WeightKernel = Literal["d_weight2", "d_weight13"]
@@ -269,8 +274,6 @@ class WeightTile:
     """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
 
     stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
-    store_buffers: 64 x 64 results on their way out, of both warpgroups; with room for a whole tile
-    all of it is stored at once.
     Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
     1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
@@ -278,7 +281,6 @@ class WeightTile:
     tile_n: int
     stages: int
     cluster: int
-    store_buffers: int = 4
 
 
 @dataclass(frozen=True)
@@ -315,12 +317,13 @@ class WeightGemm:
     def shared_memory(self) -> int:
         """Bytes of shared memory, counted as the kernel lays them out."""
         stage = (TILE_M + self.tile.tile_n) * TILE_K * ELEMENT_BYTES
-        buffers = self.tile.store_buffers * WARPGROUP_ROWS * WEIGHT_SLAB * ELEMENT_BYTES
+        buffers = WEIGHT_STORE_BUFFERS * WARPGROUP_ROWS * WEIGHT_SLAB * ELEMENT_BYTES
         tables, aligned = 8 * 2 * self.tile.stages + 2 * WEIGHT_SORTED_EXPERTS, 1024
         return -(-tables // aligned) * aligned + self.tile.stages * stage + buffers
 
 
 WEIGHT_SLAB = 64  # columns of one store: a 128-byte swizzle row
+WEIGHT_STORE_BUFFERS = 4  # two for each consumer warpgroup
 WEIGHT_SORTED_EXPERTS = 512  # with more, experts are taken in their own order
 
 
@@ -333,8 +336,6 @@ def why_illegal_weights(gemm: WeightGemm) -> str | None:
         return f"halves={gemm.halves} is not 1 or 2 (d_weight2: 1)"
     if not (tile.tile_n % WEIGHT_SLAB == 0 and WEIGHT_SLAB <= tile.tile_n <= 256):
         return f"tile_n={tile.tile_n} is not a multiple of {WEIGHT_SLAB} up to 256 (one wgmma)"
-    if tile.store_buffers not in (4, 2 * tile.tile_n // WEIGHT_SLAB):
-        return f"store_buffers={tile.store_buffers} is neither 4 nor a whole tile's"
     if tile.cluster not in (1, CLUSTER):
         return f"cluster={tile.cluster} is not 1 or {CLUSTER}"
     if tile.stages < 2:

@@ -15,7 +15,7 @@ class ExpertKernel(NamedTuple):
 
 # One symbol serves both weight gradients, and one both aggregations.
 EXPERTS = {
-    "up": ExpertKernel({"up": "Up", "up_relayed": "UpRelayed"}, ("up",)),
+    "up": ExpertKernel({"up": "Up"}, ("up",)),
     "down": ExpertKernel({"down": "Down"}, ("down",)),
     "d_hidden": ExpertKernel(
         {"d_hidden": "DHidden", "d_hidden_relayed": "DHiddenRelayed"}, ("d_hidden",)

@@ -22,8 +22,6 @@ from sonicmoe_kernels.cute.grouped_gemm_m import (
     WeightMaps,
 )
 from sonicmoe_kernels.cute.relayed import BLOCKS, PRODUCER_WARPS, SLICE_ROWS, WARPGROUP
-from sonicmoe_kernels.cute.up import UpStores
-from sonicmoe_kernels.cute.up_relayed import UpRelayed
 from sonicmoe_kernels.tiles import CLUSTER, ELEMENT_BYTES, SLICES, TILE_K, TILE_M, RowGemm
 
 from tests.kernels.symbols import (
@@ -39,7 +37,6 @@ from tests.kernels.symbols import (
     Rows,
     Scores,
     Symbol,
-    activate,
     differentiate,
     h_values,
     rebind,
@@ -93,7 +90,7 @@ class Machine(Warps):
         self.offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
         self.clusters = clusters
         self.outputs, self.d_scores = {}, {}
-        self.kernel = self.instrument(UpRelayed if gemm.kernel == "up" else DHiddenRelayed)
+        self.kernel = self.instrument(DHiddenRelayed)
         self.start = [0]
         for rows in counts:
             units = self.schedule.units_of(rows, TILE_M, gemm.n_tiles, CLUSTER)
@@ -169,7 +166,6 @@ class Machine(Warps):
                 gather_rows=self.gather_rows,
             ),
             "expert_rows": Rows,
-            "activate": activate,
             "differentiate": differentiate,
         }
 
@@ -187,13 +183,9 @@ class Machine(Warps):
         self.agents = []
         ring = kernel.make_pipeline(Anything())
         maps = [WeightMaps(("weights", w), Anything(), ("weights", w), Anything()) for w in (0, 1)]
-        if gemm.kernel == "up":
-            epilogue = UpStores(TmaMap("store", "H"), TmaMap("store", "A"))
-        else:
-            scores = Scores()
-            epilogue = DHiddenTensors(
-                TmaMap("load", "H"), TmaMap("store", "dH"), TmaMap("store", "A"), scores, None, None
-            )
+        epilogue = DHiddenTensors(
+            TmaMap("load", "H"), TmaMap("store", "dH"), TmaMap("store", "A"), Scores(), None
+        )
         for cta in range(CLUSTER):
             for i in range(gemm.epilogue_barriers):
                 self.barriers[cta, i] = Barrier(kernel.barrier_arrivals(i))

@@ -11,8 +11,8 @@ cutlass = pytest.importorskip("cutlass")
 import cutlass.cute as cute  # noqa: E402
 from cutlass import Constexpr  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
+from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed  # noqa: E402
 from sonicmoe_kernels.cute.relayed import SLICE_ROWS  # noqa: E402
-from sonicmoe_kernels.cute.up_relayed import UpRelayed  # noqa: E402
 from sonicmoe_kernels.tiles import SLICES, WARPGROUP_ROWS, RowGemm, RowTile  # noqa: E402
 
 CHUNKS = 3
@@ -46,8 +46,8 @@ def coordinates(mRows: cute.Tensor, mColumns: cute.Tensor, kernel: Constexpr, ep
 
 
 def kernel_with(epi_n):
-    tile = RowTile(256, 2, "relayed", epi_n=epi_n)
-    return UpRelayed(RowGemm("up", 64, 256, 1, "bfloat16", "relu2", tile))
+    tile = RowTile(256, 2, "relayed", epi_n=epi_n, load_sets=4)
+    return DHiddenRelayed(RowGemm("d_hidden", 64, 256, 1, "bfloat16", "relu2", tile))
 
 
 @pytest.mark.parametrize("epi_n", [32, 64])

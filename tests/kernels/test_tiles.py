@@ -51,11 +51,10 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
         ({"tile": RowTile(256, 5)}, "shared memory"),
         ({"tile": RowTile(256, 1)}, "two stages"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3)}, "load_sets=0"),
-        ({"kernel": "down", "tile": RowTile(256, 3, "relayed")}, "up and d_hidden only"),
-        ({"tile": RowTile(128, 3, "relayed")}, "by 4"),
+        ({"tile": RowTile(256, 3, "relayed")}, "d_hidden only"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3, "relayed", load_sets=2)}, "by 4"),
-        ({"tile": RowTile(256, 4, "relayed")}, "shared memory"),
-        ({"tile": RowTile(256, 2, "relayed", epi_n=64)}, "epi_n=64"),
+        ({"kernel": "d_hidden", "tile": RowTile(256, 4, "relayed", load_sets=4)}, "shared memory"),
+        ({"kernel": "d_hidden", "tile": RowTile(256, 2, "relayed", epi_n=64)}, "epi_n=64"),
     ],
 )
 def test_an_illegal_configuration_is_refused_with_its_reason(changes, reason):
@@ -65,6 +64,21 @@ def test_an_illegal_configuration_is_refused_with_its_reason(changes, reason):
 def test_asking_for_impossible_sizes_raises_what_is_accepted():
     with pytest.raises(ValueError, match="D=100 and F=256 must be positive multiples of 64"):
         pick_rows("up", d=100, f=256, num_experts=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "schedule"),
+    [
+        ({"d": 1536}, "relayed"),
+        ({"d": 768}, "cooperative"),
+        ({"d": 4096}, "cooperative"),
+        ({"d": 1536, "dtype": "float16"}, "cooperative"),
+        ({"d": 1536, "num_experts": 512}, "cooperative"),  # no shared memory left
+    ],
+)
+def test_dh_is_relayed_where_that_pays(changes, schedule):
+    sizes = {"f": 256, "num_experts": 128} | changes
+    assert pick_rows("d_hidden", **sizes).tile.schedule == schedule
 
 
 def test_gated_up_projection_halves_the_columns_of_a_tile():

@@ -17,11 +17,9 @@ from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
 from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.cute.up import Up
-from sonicmoe_kernels.cute.up_relayed import UpRelayed
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
 KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
-RELAYED_KERNELS = {"up": UpRelayed, "d_hidden": DHiddenRelayed}
 TMA_ALIGN = 16  # bytes
 
 
@@ -73,8 +71,8 @@ def build(gemm: RowGemm) -> Any:
 
 def instance_of(gemm: RowGemm) -> GroupedGemmM:
     """The kernel's object, by name and schedule."""
-    kernels = RELAYED_KERNELS if gemm.relayed else KERNELS
-    return kernels[gemm.kernel](gemm)
+    kernel = DHiddenRelayed if gemm.relayed else KERNELS[gemm.kernel]
+    return kernel(gemm)
 
 
 def compile_instance(kernel: GroupedGemmM) -> Any:

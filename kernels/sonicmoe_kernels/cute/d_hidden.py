@@ -16,7 +16,6 @@ import cutlass
 import cutlass.cute as cute
 from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, const_expr
-from cutlass.cute.nvgpu import cpasync
 
 from sonicmoe_kernels.cute.epilogues import differentiate
 from sonicmoe_kernels.cute.grouped_gemm_m import Gathered, GroupedGemmM, TmaMap
@@ -110,7 +109,7 @@ class DHidden(GroupedGemmM):
             for half in cutlass.range_constexpr(gemm.halves):
                 buffer = self.load_buffer(memory, load_set, half)
                 source, target = gBox[None, column, half], sBox[None, buffer]
-                self.copy_once(tensors.h.atom, source, target, tma_bar_ptr=barrier)
+                cute.copy(tensors.h.atom, source, target, tma_bar_ptr=barrier)
 
     def load_barrier(self, memory, load_set: int) -> cute.Pointer:
         """The barrier that says a warpgroup's load set is there."""
@@ -155,8 +154,8 @@ class DHidden(GroupedGemmM):
                     column = output.n * gemm.epi_chunks + column_chunk
                     for half in cutlass.range_constexpr(halves):
                         target = gDH[None, column, half]
-                        self.copy_once(tensors.dh.atom, sBox[None, buffer + half], target)
-                    self.copy_once(tensors.a.atom, sBox[None, buffer + halves], gA[None, column])
+                        cute.copy(tensors.dh.atom, sBox[None, buffer + half], target)
+                    cute.copy(tensors.a.atom, sBox[None, buffer + halves], gA[None, column])
                     cute.arch.cp_async_bulk_commit_group()
         self.store_dscore(tensors, rSum, memory, output)
 

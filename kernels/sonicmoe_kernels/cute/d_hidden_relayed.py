@@ -48,7 +48,7 @@ class DHiddenRelayed(Relayed, DHidden):
             at = self.h_chunk(memory, half) * SLICES + place
             column = output.n * gemm.epi_chunks + chunk
             source, target = gBox[None, column, half], sBox[None, at]
-            self.copy_once(tensors.h.atom, source, target, tma_bar_ptr=barrier)
+            cute.copy(tensors.h.atom, source, target, tma_bar_ptr=barrier)
 
     def h_chunk(self, memory, half: int):
         """Index among the load buffers of the block's chunk for a half of H."""
@@ -80,7 +80,7 @@ class DHiddenRelayed(Relayed, DHidden):
         sSets, gDH = self.partition_slices(tensors.dh, memory.sLoad, gDH, (0, None, None))
         sBox, gA = self.partition_slices(tensors.a, memory.sStore, gA, (0, None))
         for chunk in cutlass.range_constexpr(gemm.epi_chunks):
-            place, at = chunk % SLICES, self.handed_chunk(memory, 0, chunk)
+            place, at = chunk % SLICES, self.handed_chunk(memory, chunk)
             fills = slices_done * (gemm.epi_chunks // SLICES) + chunk // SLICES
             store, sDH, load, sH = self.slice_copies(chunk_mma, memory, memory.sLoad, place)
             from_shared, to_shared = load.get_slice(memory.thread), store.get_slice(memory.thread)
@@ -100,8 +100,8 @@ class DHiddenRelayed(Relayed, DHidden):
             column = n * gemm.epi_chunks + chunk
             for half in cutlass.range_constexpr(halves):
                 buffer = self.h_chunk(memory, half) * SLICES + place
-                self.copy_once(tensors.dh.atom, sSets[None, buffer], gDH[None, column, half])
-            self.copy_once(tensors.a.atom, sBox[None, at * SLICES + i], gA[None, column])
+                cute.copy(tensors.dh.atom, sSets[None, buffer], gDH[None, column, half])
+            cute.copy(tensors.a.atom, sBox[None, at * SLICES + i], gA[None, column])
             cute.arch.cp_async_bulk_commit_group()
             # The unit before this one leaves its set to the unit that comes AHEAD of this one.
             cute.arch.cp_async_bulk_wait_group(1, read=True)

@@ -38,6 +38,7 @@ from sonicmoe_kernels.tiles import (
     WARPGROUP_ROWS,
     WEIGHT_SLAB,
     WEIGHT_SORTED_EXPERTS,
+    WEIGHT_STORE_BUFFERS,
     WeightGemm,
 )
 
@@ -45,6 +46,7 @@ WARPGROUP = 128
 CONSUMERS = 2  # warpgroups of 64 rows of the tile
 ROWS = WARPGROUP_ROWS
 SLAB = WEIGHT_SLAB
+STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
 PRODUCER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
@@ -104,9 +106,6 @@ class GroupedGemmK:
         self.stages = gemm.tile.stages
         self.cluster = gemm.tile.cluster
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
-        self.store_buffers = gemm.tile.store_buffers // CONSUMERS  # of one consumer
-        # Slabs of one commit: a whole tile's where there are more buffers than two to alternate.
-        self.slabs_at_once = self.store_buffers if self.store_buffers > 2 else 1
 
     @cute.jit
     def __call__(
@@ -143,7 +142,7 @@ class GroupedGemmK:
         layout_s = sm90.make_smem_layout_b(LayoutEnum.COL_MAJOR, tile, self.dtype, self.stages)
         order = LayoutEnum.COL_MAJOR if const_expr(self.transposed) else LayoutEnum.ROW_MAJOR
         layout_out = sm90.make_smem_layout_epi(
-            self.dtype, order, (ROWS, SLAB), CONSUMERS * self.store_buffers
+            self.dtype, order, (ROWS, SLAB), CONSUMERS * STORE_BUFFERS
         )
 
         rows_first = ragged_view(mS_RN.iterator, (self.N,), (1,), self.N)
@@ -403,6 +402,7 @@ class GroupedGemmK:
         tRsOut = thread_copy.partition_D(sOut)
         rSlab = cute.make_rmem_tensor(mma_slab.partition_shape_C((ROWS, SLAB)), self.dtype)
         tRrSlab = thread_copy.retile(rSlab)
+        sums_per_slab = cute.size(rSlab)
         slabs = self.tile_n // SLAB
         is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
         barrier_id = BARRIER_STORE + consumer
@@ -429,38 +429,25 @@ class GroupedGemmK:
             warpgroup.wait_group(0)
             ring.consumer_release(release)
             release.advance()
-            at_once, buffers = self.slabs_at_once, self.store_buffers
-            for start in cutlass.range_constexpr(0, slabs, at_once):
-                self.round_slab(rSum, rSlab, start)
-                pending = buffers // at_once - 1
+            for c in cutlass.range_constexpr(slabs):
+                for i in cutlass.range_constexpr(sums_per_slab):
+                    rSlab[i] = rSum[c * sums_per_slab + i].to(self.dtype)
                 # An odd number of slabs uses buffer 0 twice in a row, last and first.
-                if const_expr(start == 0 and slabs // at_once % 2 == 1):
-                    pending = 0
+                pending = 0 if const_expr(c == 0 and slabs % 2 == 1) else STORE_BUFFERS - 1
+                buffer = consumer * STORE_BUFFERS + c % STORE_BUFFERS
                 if is_issuer:
                     cute.arch.cp_async_bulk_wait_group(pending, read=True)
                 cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
-                for c in cutlass.range_constexpr(start, start + at_once):
-                    if const_expr(c > start):
-                        self.round_slab(rSum, rSlab, c)
-                    buffer = consumer * buffers + c % buffers
-                    cute.copy(copy_slab, tRrSlab, tRsOut[None, None, None, buffer])
+                cute.copy(copy_slab, tRrSlab, tRsOut[None, None, None, buffer])
                 cute.arch.fence_proxy("async.shared", space="cta")
                 cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
                 if is_issuer:
-                    for c in cutlass.range_constexpr(start, start + at_once):
-                        buffer = consumer * buffers + c % buffers
-                        self.store_slab(stores, sOut, buffer, work, consumer, work.n * slabs + c)
+                    self.store_slab(stores, sOut, buffer, work, consumer, work.n * slabs + c)
                     # Also without a store: the wait above counts groups.
                     cute.arch.cp_async_bulk_commit_group()
             work = next_work
         if is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
-
-    def round_slab(self, rSum: cute.Tensor, rSlab: cute.Tensor, slab: int):
-        """Rounds this thread's sums of one slab."""
-        size = cute.size(rSlab)
-        for i in range(size):
-            rSlab[i] = rSum[slab * size + i].to(self.dtype)
 
     @cute.jit
     def store_slab(

@@ -44,7 +44,6 @@ PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three ro
 CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
 FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
 FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
-EVICT_FIRST = 0x12F0000000000000  # as createpolicy.fractional.L2::evict_first encodes it
 MULTICAST_MASK = (1 << CLUSTER) - 1
 
 
@@ -599,12 +598,6 @@ class GroupedGemmM:
         """First accumulator of a chunk: a block of 64 rows holds N / 2, gate before up."""
         tile_n = self.tile.tile_n
         return (block * tile_n + source * self.gemm.n_step + chunk * self.tile.epi_n) // 2
-
-    def copy_once(self, atom, source, target, **keywords):
-        """TMA copy of what no other tile reads; a tile that streams lets L2 forget it first."""
-        if self.tile.streams:
-            keywords["cache_policy"] = Int64(EVICT_FIRST)
-        cute.copy(atom, source, target, **keywords)
 
     @cute.jit
     def partition_output(

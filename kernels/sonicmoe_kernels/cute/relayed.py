@@ -1,5 +1,5 @@
-"""The relayed schedule of the ragged-M kernels: an epilogue that runs under the next tile's main
-loop.
+"""The relayed schedule of a ragged-M kernel with one weight: an epilogue that runs under the next
+tile's main loop.
 
 Legend: M tile rows (128), N tile columns, block = 64 rows of a tile, slice = 16 rows of a block,
 chunk = 64 rows by epi_n columns of shared memory, unit = one slice's part of a chunk, place = a
@@ -84,10 +84,9 @@ class Relayed(GroupedGemmM):
         """The barrier that says that the sums of the block `memory.group` have been used."""
         return memory.barriers + BLOCKS * self.tile.load_sets + BLOCKS + memory.group
 
-    def handed_chunk(self, memory, source: int, chunk: int):
+    def handed_chunk(self, memory, chunk: int):
         """Index among the store buffers of a chunk of the block `memory.group`."""
-        per_block = self.gemm.handed_chunks // BLOCKS
-        return memory.group * per_block + source * self.gemm.epi_chunks + chunk
+        return memory.group * self.gemm.epi_chunks + chunk
 
     # ----------------------------------------------------- device: consumers
 
@@ -106,14 +105,13 @@ class Relayed(GroupedGemmM):
         rChunk = self.make_chunk(chunk_mma)
         tChunk = copy.get_slice(memory.thread).retile(rChunk)
         cute.arch.mbarrier_wait(self.empty_barrier(memory), (tiles_done % 2) ^ 1)
-        for source in cutlass.range_constexpr(self.gemm.n_sources):
-            for chunk in cutlass.range_constexpr(self.gemm.epi_chunks):
-                first = self.acc_index(0, source, chunk)
-                for i in cutlass.range_constexpr(cute.size(rChunk)):
-                    rChunk[i] = rAcc[first + i].to(self.dtype)
-                at = self.handed_chunk(memory, source, chunk)
-                cute.copy(copy, tChunk, sTo[None, None, None, at])
-        cute.arch.fence_proxy("async.shared", space="cta")  # stored by TMA as they are, or changed
+        for chunk in cutlass.range_constexpr(self.gemm.epi_chunks):
+            first = self.acc_index(0, 0, chunk)
+            for i in cutlass.range_constexpr(cute.size(rChunk)):
+                rChunk[i] = rAcc[first + i].to(self.dtype)
+            at = self.handed_chunk(memory, chunk)
+            cute.copy(copy, tChunk, sTo[None, None, None, at])
+        cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.mbarrier_arrive(self.full_barrier(memory))
 
     # ------------------------------------------------- device: epilogue warps

@@ -88,6 +88,6 @@ class Up(GroupedGemmM):
                 if memory.is_issuer:
                     for half in cutlass.range_constexpr(halves):
                         target = gH[None, column, half]
-                        self.copy_once(epilogue.h.atom, sBox[None, buffer + half], target)
-                    self.copy_once(epilogue.a.atom, sBox[None, buffer + halves], gA[None, column])
+                        cute.copy(epilogue.h.atom, sBox[None, buffer + half], target)
+                    cute.copy(epilogue.a.atom, sBox[None, buffer + halves], gA[None, column])
                     cute.arch.cp_async_bulk_commit_group()
