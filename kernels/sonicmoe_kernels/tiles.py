@@ -229,9 +229,9 @@ def relay_pays(gemm: RowGemm) -> bool:
     """Whether a relayed epilogue is worth rounding dA' once more.
 
     H100, 2026-11-27, relayed and cooperative tiles of 256 columns, ms: 0.44, 0.47 (D 1536, F 256);
-    1.77, 1.93 (2048, 768); 2.33, 2.33 and 2.39, 2.35 (4096): the main loop is most of the time either
-    way; 0.60, 0.53 (768): two warps need longer than it. Rounded to fp16, dA' would overflow before
-    its score has scaled it.
+    1.77, 1.93 (2048, 768); 2.33, 2.33 and 2.39, 2.35 (4096): the main loop is most of the time in
+    both; 0.60, 0.53 (768): two warps need longer than it. Rounded to fp16, dA' would overflow
+    before its score has scaled it.
     """
     return gemm.dtype == "bfloat16" and 1024 <= gemm.d < 4096
 

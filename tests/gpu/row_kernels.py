@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from sonicmoe_kernels import hopper
 from sonicmoe_kernels.activations import get_activation
-from sonicmoe_kernels.tiles import RowKernel, RowTile, WeightTile
+from sonicmoe_kernels.tiles import RowTile, WeightTile
 from torch import Tensor
 
 from tests.cases import Case, Inputs, make_inputs, make_plan
