@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 DIVERGING = "RdBu_r"  # safe for red-green blindness, white in the middle
 DPI = 150
 CAPTION_SIZE = 7.5
+CAPTION_CHARACTERS = 15  # an inch of it holds
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -46,6 +48,8 @@ def figure(
         drawn = Figure(figsize=(width, height), dpi=DPI)
         axes = drawn.add_subplot()
         yield drawn, axes
+        wrap = int(width * CAPTION_CHARACTERS)
+        caption = "\n".join(textwrap.fill(line, wrap) for line in caption.splitlines())
         drawn.supxlabel(caption, fontsize=CAPTION_SIZE, color="#555555", x=0.01, ha="left")
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn.savefig(path)

@@ -113,6 +113,8 @@ def write_figure(records: list[dict], path: Path) -> None:
 def _draw(axes, records: list[dict], shapes: list[str]) -> None:
     for impl, router in dict.fromkeys((r["impl"], r["router"]) for r in records):
         found = [r for r in records if r["shape"] in shapes and key(r)[1:] == (impl, router)]
+        if not found:
+            continue
         found.sort(key=lambda r: r["E"])
         name, color = IMPLEMENTATIONS[impl]
         x, y = [r["E"] for r in found], [r["step_ms"] for r in found]
