@@ -63,7 +63,7 @@ EXTRA_CASES = (
 )
 
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(128, 6, "pingpong"), RowTile(128, 5, "pingpong", epi_sets=2)),
+    "up": (RowTile(256, 4),),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
