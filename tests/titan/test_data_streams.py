@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +16,26 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 from sonicmoe_titan.data import TextDataLoader
 from sonicmoe_titan.shards import TokenShard
 from sonicmoe_titan.streams import HELD_OUT_ONE_IN
-from sonicmoe_titan.tokenizer import TextTokenizer
+from sonicmoe_titan.tokenizer import HUB_FILES, TextTokenizer
+from tests.titan.local_hub import local_hub
 from tests.titan.test_data import lines, take
 from tests.titan.tiny import TOKENIZER
 
+ROOT = Path(__file__).parents[2]
 SHARDS, DOCUMENTS = 4, 400  # of each shard
+# A process that finds a corpus by its name alone: (corpus, batches, state, rows, resumes).
+READER = """
+import sys, torch
+from tests.titan.test_data import take
+from tests.titan.test_data_streams import stream
+from tests.titan.tiny import TOKENIZER
+corpus, batches, state, rows, resumes = sys.argv[1:]
+loader = stream(TOKENIZER.build(tokenizer_path=""), None, corpus=corpus, ranks=2)
+if resumes == "yes":
+    loader.load_state_dict(torch.load(state, weights_only=False))
+torch.save(take(iter(loader), int(batches)), rows)
+torch.save(loader.state_dict(), state)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +67,8 @@ def write_dataset(folder: Path) -> Path:
 
 
 def stream(tokenizer, dataset, *, corpus="fineweb_edu", ranks=1, rank=0, **config):
-    return TextDataLoader.Config(corpus=corpus, dataset_path=str(dataset), **config).build(
+    path = dataset and str(dataset)
+    return TextDataLoader.Config(corpus=corpus, dataset_path=path, **config).build(
         dp_world_size=ranks,
         dp_rank=rank,
         tokenizer=tokenizer,
@@ -67,6 +87,70 @@ def test_resuming_a_stream_is_exact(tokenizer: TextTokenizer, dataset: Path, cor
     resumed = stream(tokenizer, dataset, corpus=corpus, ranks=2)
     resumed.load_state_dict(state)
     assert torch.equal(take(iter(resumed), 9), expected)
+
+
+@pytest.mark.parametrize("corpus", ["c4", "fineweb_edu"])
+def test_a_stream_by_name_is_read_from_the_hub_and_resumed_by_another_process(
+    tokenizer: TextTokenizer, dataset: Path, corpus: str, tmp_path: Path
+) -> None:
+    expected = take(iter(stream(tokenizer, dataset, corpus=corpus, ranks=2)), 16)
+    repositories = {
+        "datasets/allenai/c4": dataset,
+        "datasets/HuggingFaceTB/smollm-corpus": dataset,
+    }
+    with local_hub(repositories) as (url, seen):
+        online = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        found = []
+        for batches, resumes in ((7, "no"), (9, "yes")):
+            rows = tmp_path / f"{batches}.pt"
+            words = [sys.executable, "-c", READER, corpus, batches, tmp_path / "state.pt", rows]
+            subprocess.run(
+                [*map(str, words), resumes], cwd=ROOT, env=os.environ | online, check=True
+            )
+            found.append(torch.load(rows))
+    assert torch.equal(torch.cat(found), expected)
+    assert any("/resolve/" in request and "train-" in request for request in seen)
+
+
+def test_a_run_of_the_paper_trains_from_the_hub_and_resumes(
+    tokenizer: TextTokenizer, dataset: Path, tmp_path: Path
+) -> None:
+    """The file as it is but for sizes: corpus, validation and tokenizer by their names."""
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    for name in HUB_FILES:
+        shutil.copy(Path(tokenizer.tokenizer_path) / name, source)
+    repositories = {
+        "datasets/HuggingFaceTB/smollm-corpus": dataset,
+        "allenai/OLMoE-1B-7B-0924": source,
+    }
+    small = {
+        **{"model.num_layers": 1, "model.dim": 32, "model.num_heads": 2, "model.expert_dim": 16},
+        **{"model.num_experts": 8, "model.vocab_size": 512, "model.rounding_tile": 8},
+        **{"training.seq_len": 32, "training.local_batch_size": 2},
+        **{"training.global_batch_size": 2, "validator.steps": 1, "validator.freq": 2},
+        **{"compile.enable": False, "checkpoint.interval": 2, "lr_scheduler.warmup_steps": 1},
+        "dump_folder": tmp_path / "run",
+    }
+    words = [sys.executable, "-m", "sonicmoe_titan.cli", "train", "configs/moe_0p5b_k2.toml"]
+    words += [f"--{key}={str(v).lower() if v is False else v}" for key, v in small.items()]
+    with local_hub(repositories) as (url, seen):
+        online = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        for steps in (2, 4):
+            done = subprocess.run(
+                [*words, f"--training.steps={steps}"],
+                cwd=ROOT,
+                env=os.environ | online,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert max(line.get("step", 0) for line in lines) == 4
+    assert "Training starts at step 3" in done.stdout
+    for name in repositories:
+        assert any(f"{name}/resolve/" in request for request in seen)
 
 
 def test_reading_and_resuming_a_stream_draws_nothing(
