@@ -17,7 +17,15 @@ from torch import Tensor
 
 from bench.facts import versions
 from bench.kernels import is_experts
-from bench.measure import Run, host_us, kernel_times, timed_loop, tune_briefly, warm_up
+from bench.measure import (
+    Run,
+    host_us,
+    kernel_times,
+    timed_loop,
+    tune_briefly,
+    use_earlier_choices,
+    warm_up,
+)
 from bench.process import serve
 
 TILE = 128  # rows that experts are rounded to, and that padding is counted in
@@ -97,6 +105,7 @@ def official(layer: Layer, router: str) -> Routed:
     from sonicmoe.functional import moe_general_routing_inputs, moe_TC_softmax_topk_layer
 
     tune_briefly()
+    use_earlier_choices()
     interleaved = torch.stack((layer.w1_EFD, layer.w3_EFD), dim=2).flatten(1, 2)
     w13 = interleaved.detach().requires_grad_()
     x, gate, w2 = layer.x_TD, layer.gate_ED, layer.w2_EDF

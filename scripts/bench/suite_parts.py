@@ -12,8 +12,12 @@ from bench.process import ROOT
 
 PYTHON = sys.executable
 CONFIGS = ("moe_7b", "moe_1p4b_k2", "moe_1p4b_k8", "debug")
-# What the peers' autotuners chose is kept on disk and found again.
-TUNED_ONCE = (("QUACK_CACHE_AUTOTUNING", "1"), ("TRITON_CACHE_AUTOTUNING", "1"))
+# What the peers' autotuners chose is kept on disk and found again, also after an interruption.
+TUNED_ONCE = (
+    ("QUACK_CACHE_AUTOTUNING", "1"),
+    ("QUACK_CACHE_DIR", str(ROOT / "outputs" / "official_autotune")),
+    ("TRITON_CACHE_AUTOTUNING", "1"),
+)
 HUGE_TESTS = "31_bits or 2_to_the_31"  # several GiB each
 
 
@@ -56,7 +60,8 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
         return (script("bench_moe.py", *chosen, *words),)
 
     peers = ("--pythonpath", *pythonpath) if pythonpath else ()
-    tuning = ("--limit", "420", "--deadline", "300", *peers)  # the official package's first round
+    # The official package tunes each of six GEMMs for 80 s in its first round of a shape.
+    tuning = ("--limit", "560", "--deadline", "480", *peers)
     sparsest = ("--shapes", "sparsest", "--impls", "sonicmoe", "official", "--append")
     return {
         "warmup": Part("compile the kernels of the other parts", _warmup(jobs), 150, 900),
@@ -77,7 +82,7 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
         "moe-official": Part(
             "our experts beside the official package",
             moe("7b 1.4b", "sonicmoe official", *tuning),
-            expected_s=400,
+            expected_s=580,
             limit_s=590,
             needs="official",
             environment=TUNED_ONCE,
@@ -105,7 +110,7 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
         "router-official": Part(
             "the same beside the official package on the sparsest rows",
             (script("bench_router.py", *sparsest, *tuning, *folder),),
-            expected_s=400,
+            expected_s=580,
             limit_s=590,
             needs="official",
             environment=TUNED_ONCE,
@@ -137,7 +142,7 @@ def _tests() -> dict[str, Part]:
     def run(about: str, files: str, *words: str, processes: int = 1, seconds: int) -> Part:
         names = [f"tests/gpu/test_{name}.py" for name in files.split()]
         command = pytest(*names, *words, processes=processes)
-        return Part(about, (command,), seconds, 3 * seconds, proof=r"\d+ passed.*")
+        return Part(about, (command,), seconds, 5 * seconds, proof=r"\d+ passed.*")
 
     small = ("-k", f"not ({HUGE_TESTS})")
     return {
@@ -145,48 +150,46 @@ def _tests() -> dict[str, Part]:
             "moe_experts: oracle, mutations, garbage, streams, repeats, graphs, inductor",
             "moe_experts moe_hopper",
             processes=4,
-            seconds=130,
+            seconds=60,
         ),
         "tests-rows": run(
             "the ragged-M kernels: every routing, width, tile, activation",
             "row_kernels",
             *small,
             processes=6,
-            seconds=130,
+            seconds=50,
         ),
         "tests-columns": run(
             "weight gradients and aggregation",
             "weight_grad aggregate",
             *small,
             processes=6,
-            seconds=90,
+            seconds=30,
         ),
         "tests-huge": run(
             "tensors beyond 2^31 elements, one at a time",
             "row_kernels weight_grad aggregate",
             "-k",
             HUGE_TESTS,
-            seconds=120,
+            seconds=40,
         ),
         "tests-host": run(
             "host time of the block at 1024 tokens, alone on the machine",
             "host_cost",
-            seconds=40,
+            seconds=30,
         ),
         "tests-routing": run(
             "top-k, plans, token rounding",
             "topk_gpu plan_gpu routing_gpu",
             processes=6,
-            seconds=150,
+            seconds=200,
         ),
         "tests-block": run(
             "the block: memory, router under a graph, fp32 logits",
             "memory_gpu router_graph float32_product",
-            seconds=60,
+            seconds=30,
         ),
-        "tests-training": run(
-            "whole runs of the debug model, all at once", "training", seconds=180
-        ),
+        "tests-training": run("whole runs of the debug model, all at once", "training", seconds=80),
     }
 
 
@@ -203,8 +206,8 @@ def _sanitizer() -> dict[str, Part]:
         "sanitizer-memcheck": Part(
             "compute-sanitizer memcheck over whole small layers",
             under("memcheck", "--report-api-errors", "no"),  # torch asks what it knows may fail
-            expected_s=150,
-            limit_s=500,
+            expected_s=15,
+            limit_s=300,
             proof=clean,
             environment=(
                 ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),
@@ -213,8 +216,8 @@ def _sanitizer() -> dict[str, Part]:
         "sanitizer-synccheck": Part(
             "compute-sanitizer synccheck over the same",
             under("synccheck"),
-            expected_s=100,
-            limit_s=500,
+            expected_s=15,
+            limit_s=300,
             proof=clean,
         ),
     }
