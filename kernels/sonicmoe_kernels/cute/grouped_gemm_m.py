@@ -347,6 +347,17 @@ class GroupedGemmM:
             defer_sync=True,
         )
 
+    @cute.jit
+    def locate(self, walk, unit: Int32, expert: Int32):
+        """(expert, its first row, its rows, this CTA's tile) of a unit not before `expert`'s."""
+        n_tiles, num_experts = self.gemm.n_tiles, self.gemm.num_experts
+        expert = schedule.find_expert(unit, expert, walk.sStart, num_experts)
+        first = walk.sOffsets[expert]
+        length = walk.sOffsets[expert + 1] - first
+        unit -= walk.sStart[expert]
+        at = schedule.tile_of(unit, length, walk.rank, TILE_M, n_tiles, CLUSTER)
+        return expert, first, length, at
+
     # ----------------------------------------------------- device: producer
 
     @cute.jit
@@ -367,13 +378,8 @@ class GroupedGemmM:
         unit = walk.cluster
         total = walk.sStart[gemm.num_experts]
         while unit < total:
-            expert = schedule.find_expert(unit, expert, walk.sStart, gemm.num_experts)
-            first = walk.sOffsets[expert]
-            end = walk.sOffsets[expert + 1]
-            at = schedule.tile_of(
-                unit - walk.sStart[expert], end - first, walk.rank, TILE_M, gemm.n_tiles, CLUSTER
-            )
-            row = first + at.m * TILE_M
+            expert, first, length, at = self.locate(walk, unit, expert)
+            row, end = first + at.m * TILE_M, first + length
             if const_expr(gemm.gathers):
                 gather.load_row_indices(a.mIndex, rRows, row, end, thread)
             for k_source in cutlass.range_constexpr(gemm.k_sources):
@@ -470,12 +476,7 @@ class GroupedGemmM:
         release = read.clone()
         tiles_done = Int32(0)
         while unit < total:
-            expert = schedule.find_expert(unit, expert, walk.sStart, gemm.num_experts)
-            first = walk.sOffsets[expert]
-            length = walk.sOffsets[expert + 1] - first
-            at = schedule.tile_of(
-                unit - walk.sStart[expert], length, walk.rank, TILE_M, gemm.n_tiles, CLUSTER
-            )
+            expert, first, length, at = self.locate(walk, unit, expert)
             row = at.m * TILE_M
             if const_expr(not self.pingpong):
                 row += memory.group * WARPGROUP_ROWS

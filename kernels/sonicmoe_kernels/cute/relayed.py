@@ -24,14 +24,13 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync, warp
 from cutlass.tensor_utils import LayoutEnum
 
-from sonicmoe_kernels.cute import schedule
 from sonicmoe_kernels.cute.grouped_gemm_m import (
     WARPGROUP,
     GroupedGemmM,
     OutputTile,
     TmaMap,
 )
-from sonicmoe_kernels.tiles import CLUSTER, SLICES, TILE_M, WARPGROUP_ROWS
+from sonicmoe_kernels.tiles import SLICES, TILE_M, WARPGROUP_ROWS
 
 BLOCKS = TILE_M // WARPGROUP_ROWS
 SLICE_ROWS = WARPGROUP_ROWS // SLICES
@@ -126,12 +125,7 @@ class Relayed(GroupedGemmM):
         blocks_done, slices_done = Int32(0), Int32(0)
         registers = self.warp_registers()
         while unit < total:
-            expert = schedule.find_expert(unit, expert, walk.sStart, gemm.num_experts)
-            first = walk.sOffsets[expert]
-            length = walk.sOffsets[expert + 1] - first
-            at = schedule.tile_of(
-                unit - walk.sStart[expert], length, walk.rank, TILE_M, gemm.n_tiles, CLUSTER
-            )
+            expert, first, length, at = self.locate(walk, unit, expert)
             row = at.m * TILE_M + memory.group * WARPGROUP_ROWS
             if row < length:
                 output = OutputTile(first, length, row, at.n)
