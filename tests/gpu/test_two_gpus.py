@@ -1,0 +1,58 @@
+"""Runs of configs/debug.toml on two GPUs over NCCL: every layout gives the same losses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("torchtitan")
+
+from tests.gpu.test_training import BASE, FIRST_STEP, LAST_STEP, LOSS, ROOT, STEPS
+
+EXPERT_PARALLEL = {"parallelism.expert_parallel_degree": 2}
+LAYOUTS = {  # all of two ranks, which read the same text
+    "sharded": {},
+    "replicated": {
+        "parallelism.data_parallel_replicate_degree": 2,
+        "parallelism.data_parallel_shard_degree": 1,
+    },
+    "expert parallel": EXPERT_PARALLEL,
+    "expert parallel, torch backend": EXPERT_PARALLEL | {"model.backend": "torch"},
+    "expert parallel, compiled": EXPERT_PARALLEL | {"compile.enable": True},
+}
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses of every layout, step by step."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    folder, found = tmp_path_factory.mktemp("two_gpus"), {}
+    for name, options in LAYOUTS.items():
+        dump = folder / name.replace(", ", "_").replace(" ", "_")
+        values = BASE | {"model.backend": "auto", "training.local_batch_size": 16} | options
+        words = [sys.executable, "-m", "sonicmoe_titan.cli", "train"]
+        words += [str(ROOT / "configs" / "debug.toml"), "--nproc", "2"]
+        for key, value in (values | {"dump_folder": dump}).items():
+            words.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+        done = subprocess.run(
+            words, cwd=folder, env=dict(os.environ), capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, f"{name}: {(done.stdout + done.stderr)[-3000:]}"
+        lines = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
+        found[name] = [line[LOSS] for line in lines if "step" in line]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "sharded"])
+def test_layouts_agree(name: str, losses: dict[str, list[float]]) -> None:
+    mine, reference = losses[name], losses["sharded"]
+    assert len(mine) == len(reference) == STEPS
+    assert mine[0] == pytest.approx(reference[0], abs=FIRST_STEP)
+    assert mine[-1] == pytest.approx(reference[-1], abs=LAST_STEP)
+    assert mine[-1] < mine[0] - 0.5  # it learns
