@@ -1,4 +1,4 @@
-"""Runs of configs/debug.toml on two GPUs over NCCL: every layout gives the same losses."""
+"""Runs of configs/debug.toml on two GPUs over NCCL, in every layout."""
 
 from __future__ import annotations
 
@@ -49,10 +49,15 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "sharded"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("expert")])
 def test_layouts_agree(name: str, losses: dict[str, list[float]]) -> None:
     mine, reference = losses[name], losses["sharded"]
-    assert len(mine) == len(reference) == STEPS
     assert mine[0] == pytest.approx(reference[0], abs=FIRST_STEP)
     assert mine[-1] == pytest.approx(reference[-1], abs=LAST_STEP)
-    assert mine[-1] < mine[0] - 0.5  # it learns
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_learns(name: str, losses: dict[str, list[float]]) -> None:
+    """Replicated weights, too, which are drawn otherwise than shards of them."""
+    assert len(losses[name]) == STEPS
+    assert losses[name][-1] < losses[name][0] - 0.5
