@@ -190,6 +190,13 @@ def _tests() -> dict[str, Part]:
             seconds=30,
         ),
         "tests-training": run("whole runs of the debug model, all at once", "training", seconds=80),
+        "tests-devices": run(
+            "what needs two GPUs: another current device, training over NCCL",
+            "moe_hopper two_gpus",
+            "-k",
+            "device or layout",
+            seconds=150,
+        )._replace(proof=r"\d+ (?:passed|skipped).*"),  # one GPU: nothing to do
     }
 
 
