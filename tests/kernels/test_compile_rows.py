@@ -77,7 +77,7 @@ def test_counted_shared_memory_covers_what_the_kernel_lays_out(kernel):
 
 @pytest.mark.parametrize("schedule", ["relayed", "cooperative"])
 def test_counted_shared_memory_covers_every_schedule_of_dh(schedule):
-    tile = next(tile for tile in ROW_TILES["d_hidden"] if tile.schedule == schedule)
+    tile = next(tile for tile in VARIANTS["d_hidden"] if tile.schedule == schedule)
     assert_shared_memory(RowGemm("d_hidden", *SIZES, "bfloat16", "swiglu", tile))
 
 
