@@ -7,7 +7,10 @@ once.
 
 from __future__ import annotations
 
-from types import FunctionType
+import functools
+import inspect
+from pathlib import Path
+from types import CodeType, FunctionType
 from typing import NamedTuple
 
 from sonicmoe_kernels.cute.epilogues import Gradients
@@ -141,8 +144,24 @@ def rebind(function: FunctionType, fakes: dict) -> FunctionType:
     """The function with other globals: those it names that are in `fakes`."""
     known = dict(function.__globals__)
     known.update({name: fake for name, fake in fakes.items() if name in known})
-    bound = FunctionType(
-        function.__code__, known, function.__name__, function.__defaults__, function.__closure__
-    )
+    code = as_written(function)
+    closure = function.__closure__ if code.co_freevars else None
+    bound = FunctionType(code, known, function.__name__, function.__defaults__, closure)
     bound.__kwdefaults__ = function.__kwdefaults__
     return bound
+
+
+def as_written(function: FunctionType) -> CodeType:
+    """The code of the source file: compiling a kernel leaves another in its place."""
+    todo = [_code_of_file(inspect.getsourcefile(function))]
+    while todo:
+        code = todo.pop()
+        if code.co_qualname == function.__qualname__:
+            return code
+        todo += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    raise LookupError(function.__qualname__)
+
+
+@functools.cache
+def _code_of_file(path: str) -> CodeType:
+    return compile(Path(path).read_text(), path, "exec", dont_inherit=True)
