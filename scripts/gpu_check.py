@@ -36,6 +36,7 @@ from sonicmoe_kernels import kernel_lists, warmup  # noqa: E402
 from sonicmoe_kernels.activations import get_activation  # noqa: E402
 from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
 from sonicmoe_kernels.tiles import (  # noqa: E402
+    ROW_TILES,
     RowGemm,
     RowTile,
     WeightGemm,
@@ -81,6 +82,18 @@ VARIANTS = {
     "d_weight2": (WeightTile(256, 4, 2),),
     "d_weight13": (WeightTile(256, 4, 2),),
 }
+
+
+def row_tiles() -> list[tuple[str, RowTile]]:
+    """(kernel, tile) of every ragged-M tile of the table, and of its challengers."""
+    found = [
+        (kernel, tile)
+        for tiles_of in (ROW_TILES, VARIANTS)
+        for kernel, tiles in tiles_of.items()
+        for tile in tiles
+        if isinstance(tile, RowTile)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def cases_named(names: str) -> list[tuple[str, Case]]:

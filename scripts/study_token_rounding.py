@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.facts import commit
-from bench.train_runs import run_alone
+from bench.train_runs import option_words, run_alone
 from study_arms import STUDIES, Arm, Study
 from study_report import write_report
 
@@ -104,14 +104,6 @@ def train(job: Job, options: dict[str, object], work: Path, slot: int, timeout_s
         end = "\n".join(log.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
         print(f"{name}: ended with {ended}, see {log}\n{end}", flush=True)
     return code == 0
-
-
-def option_words(options: dict[str, object]) -> list[str]:
-    """Keys and values as words of a command line."""
-    return [
-        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
-        for key, value in options.items()
-    ]
 
 
 def prepare_corpus(study: Study, options: dict[str, object], tokens: int) -> dict[str, object]:

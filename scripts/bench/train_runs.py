@@ -83,9 +83,15 @@ def command(run: Run, *, dump: Path) -> list[str]:
     """The command line of a run: a single process, so torchrun would add only its start."""
     config = ROOT / "configs" / MODELS[run.model].config
     words = [sys.executable, "-m", "sonicmoe_titan.train", "--job.config_file", str(config)]
-    for key, value in (COMMON | run.options | {"dump_folder": str(dump)}).items():
-        words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
-    return words
+    return words + option_words(COMMON | run.options | {"dump_folder": str(dump)})
+
+
+def option_words(options: dict[str, object]) -> list[str]:
+    """Keys and values as words of a command line."""
+    return [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in options.items()
+    ]
 
 
 def sizes(model: str, *, steps: int, layers: int | None, sequences: int | None) -> dict:

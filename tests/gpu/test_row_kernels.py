@@ -11,9 +11,9 @@ import torch
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels import hopper
 from sonicmoe_kernels.backends import HOPPER_CAPABILITY
-from sonicmoe_kernels.tiles import ROW_TILES, RowGemm, RowTile, why_illegal
+from sonicmoe_kernels.tiles import RowGemm, RowTile, why_illegal
 
-from scripts.gpu_check import VARIANTS
+from scripts.gpu_check import row_tiles
 from tests.cases import ACTIVATION_CASES, ROUTINGS, SMALL_CASES, Case
 from tests.gpu.row_kernels import (
     CHECKS,
@@ -26,7 +26,9 @@ from tests.gpu.row_kernels import (
 
 # Widths that fill no tile, an odd number of n tiles, and more n tiles than one cluster takes.
 WIDTHS = ((64, 64), (192, 192), (128, 320), (320, 128), (768, 256), (1536, 256))
-RELAYED = RowTile(256, 3, "relayed", load_sets=4)
+# Every kernel with the tile that the table picks, and dH with a relayed one.
+CHOICES = [*((kernel, None) for kernel in KERNELS)]
+CHOICES.append(("d_hidden", RowTile(256, 3, "relayed", load_sets=4)))
 REPEATS = 1000
 HUGE = 2**31  # elements: beyond it 32-bit offsets overflow
 
@@ -42,20 +44,27 @@ def hopper_gpu() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+def chosen(kernel: str, tile: RowTile | None) -> contextlib.AbstractContextManager[None]:
+    """Launches `kernel` with the tile, or with the table's if None."""
+    return contextlib.nullcontext() if tile is None else forced_tile(kernel, tile)
+
+
+@pytest.mark.parametrize(("kernel", "tile"), CHOICES, ids=str)
 @pytest.mark.parametrize("case", SMALL_CASES + ACTIVATION_CASES, ids=lambda case: case.name)
-def test_kernel_agrees_with_fp32(case: Case, kernel: str) -> None:
-    CHECKS[kernel](make_problem(case, torch.bfloat16))
+def test_kernel_agrees_with_fp32(case: Case, kernel: str, tile: RowTile | None) -> None:
+    with chosen(kernel, tile):
+        CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "tile"), CHOICES, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("widths", WIDTHS, ids=lambda widths: f"D{widths[0]}_F{widths[1]}")
 def test_every_width_works_on_every_routing(
-    widths: tuple[int, int], routing: str, kernel: str
+    widths: tuple[int, int], routing: str, kernel: str, tile: RowTile | None
 ) -> None:
     case = Case(1000, *widths, E=24, K=3, routing=routing)
-    CHECKS[kernel](make_problem(case, torch.bfloat16))
+    with chosen(kernel, tile):
+        CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -63,19 +72,7 @@ def test_kernel_agrees_with_fp32_in_fp16(kernel: str) -> None:
     CHECKS[kernel](make_problem(SMALL_CASES[0], torch.float16))
 
 
-def _tiles() -> list[tuple[str, RowTile]]:
-    """Those of the table, and their challengers."""
-    found = [
-        (kernel, tile)
-        for tiles_of in (ROW_TILES, VARIANTS)
-        for kernel, tiles in tiles_of.items()
-        for tile in tiles
-        if isinstance(tile, RowTile)
-    ]
-    return list(dict.fromkeys(found))
-
-
-@pytest.mark.parametrize(("kernel", "tile"), _tiles(), ids=str)
+@pytest.mark.parametrize(("kernel", "tile"), row_tiles(), ids=str)
 def test_every_tile_is_right(kernel: str, tile: RowTile) -> None:
     case = Case(2000, 768, 256, E=24, K=3, routing="tile_edges")
     # The narrowest tile of `up` has no room for two sources: it serves activations without gate.
@@ -89,57 +86,34 @@ def test_every_tile_is_right(kernel: str, tile: RowTile) -> None:
         CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
-@pytest.mark.parametrize("case", SMALL_CASES + ACTIVATION_CASES, ids=lambda case: case.name)
-def test_relayed_dh_is_right_on_every_routing(case: Case) -> None:
-    with forced_tile("d_hidden", RELAYED):
-        CHECKS["d_hidden"](make_problem(case, torch.bfloat16))
-
-
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("widths", WIDTHS, ids=lambda widths: f"D{widths[0]}_F{widths[1]}")
-def test_relayed_dh_is_right_on_every_width(widths: tuple[int, int], routing: str) -> None:
-    with forced_tile("d_hidden", RELAYED):
-        problem = make_problem(Case(1000, *widths, E=24, K=3, routing=routing), torch.bfloat16)
-        CHECKS["d_hidden"](problem)
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_thousand_experts_most_of_them_empty(kernel: str) -> None:
     case = Case(300, 64, 64, E=1024, K=2, routing="zipf")
     CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
-@pytest.mark.parametrize(
-    ("kernel", "tile"), [*((kernel, None) for kernel in KERNELS), ("d_hidden", RELAYED)], ids=str
-)
+@pytest.mark.parametrize(("kernel", "tile"), CHOICES, ids=str)
 def test_repeats_are_bitwise_equal_while_another_stream_loads_the_gpu(
     kernel: str, tile: RowTile | None
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        if tile is not None:
-            stack.enter_context(forced_tile(kernel, tile))
-        check_repeats(kernel)
+    with chosen(kernel, tile):
+        problem = make_problem(Case(2000, 768, 256, E=24, K=3, routing="zipf"), torch.bfloat16)
+        launch = launchers(problem)[kernel]
+        other, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
 
+        def run() -> list[torch.Tensor]:
+            for tensor in launch.outputs:
+                tensor.fill_(float("nan"))
+            launch.call()
+            return [tensor.clone() for tensor in launch.outputs]
 
-def check_repeats(kernel: str) -> None:
-    """The same bits every time, by the tile that is chosen now."""
-    problem = make_problem(Case(2000, 768, 256, E=24, K=3, routing="zipf"), torch.bfloat16)
-    launch = launchers(problem)[kernel]
-    other, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
-
-    def run() -> list[torch.Tensor]:
-        for tensor in launch.outputs:
-            tensor.fill_(float("nan"))
-        launch.call()
-        return [tensor.clone() for tensor in launch.outputs]
-
-    expected = run()
-    for repeat in range(REPEATS):
-        if repeat % 10 == 0:
-            with torch.cuda.stream(other):
-                noise @ noise
-        for got, wanted in zip(run(), expected, strict=True):
-            assert same_bits(got, wanted), f"repeat {repeat}"
+        expected = run()
+        for repeat in range(REPEATS):
+            if repeat % 10 == 0:
+                with torch.cuda.stream(other):
+                    noise @ noise
+            for got, wanted in zip(run(), expected, strict=True):
+                assert same_bits(got, wanted), f"repeat {repeat}"
 
 
 @pytest.mark.parametrize("kernel", ("up", "d_hidden"))

@@ -62,11 +62,24 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def option_words(options: dict[str, object]) -> list[str]:
+    """Keys and values as words of a command line."""
+    return [
+        f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in options.items()
+    ]
+
+
+def read_steps(dump: Path) -> list[dict]:
+    """The records of a run, step by step."""
+    lines = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "step" in line]
+
+
 def _start(name: str, options: dict[str, object], folder: Path) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "sonicmoe_titan.train", "--job.config_file"]
     words.append(str(ROOT / "configs" / "debug.toml"))
-    for key, value in (BASE | options | {"dump_folder": folder / name}).items():
-        words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+    words += option_words(BASE | options | {"dump_folder": folder / name})
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
     environment = os.environ | ranks | {"MASTER_PORT": str(_free_port())}
     if "no CUDA memory cache" in name:
@@ -90,8 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
     for name, process in processes.items():
         code = process.wait(timeout=400)
         assert code == 0, f"{name}: {(folder / f'{name}.log').read_text()[-3000:]}"
-        lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
-        records[name] = [line for line in lines if "step" in line]
+        records[name] = read_steps(folder / name)
     return records
 
 

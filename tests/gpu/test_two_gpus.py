@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,16 @@ import torch
 
 pytest.importorskip("torchtitan")
 
-from tests.gpu.test_training import BASE, FIRST_STEP, LAST_STEP, LOSS, ROOT, STEPS
+from tests.gpu.test_training import (
+    BASE,
+    FIRST_STEP,
+    LAST_STEP,
+    LOSS,
+    ROOT,
+    STEPS,
+    option_words,
+    read_steps,
+)
 
 EXPERT_PARALLEL = {"parallelism.expert_parallel_degree": 2}
 LAYOUTS = {  # all of two ranks, which read the same text
@@ -38,14 +46,12 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         values = BASE | {"model.backend": "auto", "training.local_batch_size": 16} | options
         words = [sys.executable, "-m", "sonicmoe_titan.cli", "train"]
         words += [str(ROOT / "configs" / "debug.toml"), "--nproc", "2"]
-        for key, value in (values | {"dump_folder": dump}).items():
-            words.append(f"--{key}={str(value).lower() if isinstance(value, bool) else value}")
+        words += option_words(values | {"dump_folder": dump})
         done = subprocess.run(
             words, cwd=folder, env=dict(os.environ), capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"{name}: {(done.stdout + done.stderr)[-3000:]}"
-        lines = map(json.loads, (dump / "metrics.jsonl").read_text().splitlines())
-        found[name] = [line[LOSS] for line in lines if "step" in line]
+        found[name] = [record[LOSS] for record in read_steps(dump)]
     return found
 
 

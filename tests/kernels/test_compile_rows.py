@@ -15,7 +15,7 @@ from sonicmoe_kernels.tiles import (
     why_illegal,
 )
 
-from scripts.gpu_check import VARIANTS
+from scripts.gpu_check import VARIANTS, row_tiles
 from tests.kernels.sass import read_sass, tools_folder
 
 pytest.importorskip("cutlass")
@@ -27,13 +27,7 @@ STACK_BYTES = {("d_hidden", 256): 8}
 
 def configurations():
     """Each tile of the table and of its challengers; then activations, fp16 and most experts."""
-    gemms = [
-        RowGemm(kernel, *SIZES, "bfloat16", "swiglu", tile)
-        for tiles_of in (ROW_TILES, VARIANTS)
-        for kernel, tiles in tiles_of.items()
-        for tile in tiles
-        if isinstance(tile, RowTile)
-    ]
+    gemms = [RowGemm(kernel, *SIZES, "bfloat16", "swiglu", tile) for kernel, tile in row_tiles()]
     gemms.append(
         RowGemm("d_hidden", 192, 320, 3, "float16", "silu", RowTile(128, 4, "relayed", load_sets=4))
     )

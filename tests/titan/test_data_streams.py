@@ -13,12 +13,14 @@ import pytest
 import torch
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataset
 
+from sonicmoe_titan.config_registry import CONFIGS
 from sonicmoe_titan.data import TextDataLoader
 from sonicmoe_titan.shards import TokenShard
 from sonicmoe_titan.streams import HELD_OUT_ONE_IN
 from sonicmoe_titan.tokenizer import HUB_FILES, TextTokenizer
 from tests.titan.local_hub import local_hub
 from tests.titan.test_data import lines, take
+from tests.titan.test_train import finish, start
 from tests.titan.tiny import TOKENIZER
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +68,11 @@ def write_dataset(folder: Path) -> Path:
     return folder
 
 
+def found_at(url: str, folder: Path) -> dict[str, str]:
+    """Environment of processes that find the Hub at `url` and nothing in its cache."""
+    return {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home")}
+
+
 def stream(tokenizer, dataset, *, corpus="fineweb_edu", ranks=1, rank=0, **config):
     path = dataset and str(dataset)
     return TextDataLoader.Config(corpus=corpus, dataset_path=path, **config).build(
@@ -99,8 +106,7 @@ def test_a_stream_by_name_is_read_from_the_hub_and_resumed_by_another_process(
         "datasets/HuggingFaceTB/smollm-corpus": dataset,
     }
     with local_hub(repositories) as (url, seen):
-        online = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
-        found = []
+        online, found = found_at(url, tmp_path), []
         for batches, resumes in ((7, "no"), (9, "yes")):
             rows = tmp_path / f"{batches}.pt"
             words = [sys.executable, "-c", READER, corpus, batches, tmp_path / "state.pt", rows]
@@ -130,25 +136,18 @@ def test_a_run_of_the_paper_trains_from_the_hub_and_resumes(
         **{"training.seq_len": 32, "training.local_batch_size": 2},
         **{"training.global_batch_size": 2, "validator.steps": 1, "validator.freq": 2},
         **{"compile.enable": False, "checkpoint.interval": 2, "lr_scheduler.warmup_steps": 1},
-        "dump_folder": tmp_path / "run",
     }
-    words = [sys.executable, "-m", "sonicmoe_titan.cli", "train", "configs/moe_0p5b_k2.toml"]
-    words += [f"--{key}={str(v).lower() if v is False else v}" for key, v in small.items()]
+    words = [f"--{key}={str(value).lower()}" for key, value in small.items()]
+    train = [str(ROOT / "scripts" / "train.sh"), str(CONFIGS / "moe_0p5b_k2.toml"), *words]
     with local_hub(repositories) as (url, seen):
-        online = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         for steps in (2, 4):
-            done = subprocess.run(
-                [*words, f"--training.steps={steps}"],
-                cwd=ROOT,
-                env=os.environ | online,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-2000:]
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+            online = found_at(url, tmp_path)
+            process = start(tmp_path, train, f"--training.steps={steps}", **online)
+            output = finish(process)
+            assert process.returncode == 0, output
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert max(line.get("step", 0) for line in lines) == 4
-    assert "Training starts at step 3" in done.stdout
+    assert "Training starts at step 3" in output
     for name in repositories:
         assert any(f"{name}/resolve/" in request for request in seen)
 
