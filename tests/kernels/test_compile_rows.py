@@ -15,7 +15,7 @@ from sonicmoe_kernels.tiles import (
     why_illegal,
 )
 
-from scripts.gpu_check import VARIANTS, row_tiles
+from scripts.gpu_check import row_tiles
 from tests.kernels.sass import read_sass, tools_folder
 
 pytest.importorskip("cutlass")
@@ -71,7 +71,7 @@ def test_counted_shared_memory_covers_what_the_kernel_lays_out(kernel):
 
 @pytest.mark.parametrize("schedule", ["relayed", "cooperative"])
 def test_counted_shared_memory_covers_every_schedule_of_dh(schedule):
-    tile = next(tile for tile in VARIANTS["d_hidden"] if tile.schedule == schedule)
+    tile = next(tile for tile in ROW_TILES["d_hidden"] if tile.schedule == schedule)
     assert_shared_memory(RowGemm("d_hidden", *SIZES, "bfloat16", "swiglu", tile))
 
 

@@ -66,6 +66,21 @@ def test_asking_for_impossible_sizes_raises_what_is_accepted():
         pick_rows("up", d=100, f=256, num_experts=8)
 
 
+@pytest.mark.parametrize(
+    ("changes", "schedule"),
+    [
+        ({"d": 1536}, "relayed"),
+        ({"d": 768}, "cooperative"),
+        ({"d": 4096}, "cooperative"),
+        ({"d": 1536, "dtype": "float16"}, "cooperative"),
+        ({"d": 1536, "num_experts": 512}, "cooperative"),  # no shared memory left
+    ],
+)
+def test_dh_is_relayed_where_that_pays(changes, schedule):
+    sizes = {"f": 256, "num_experts": 128} | changes
+    assert pick_rows("d_hidden", **sizes).tile.schedule == schedule
+
+
 def test_gated_up_projection_halves_the_columns_of_a_tile():
     gated, plain = gemm(), gemm(activation="relu2")
     assert (gated.n_step, gated.n_tiles, gated.stores) == (128, 2, 3)
