@@ -38,6 +38,7 @@ MODELS = {
 COMMON = {
     "parallelism.data_parallel_replicate_degree": 1,
     "parallelism.data_parallel_shard_degree": 1,
+    "parallelism.fsdp_reshard_after_forward": "never",  # nobody shares: gathering twice only copies
     "dataloader.corpus": "python_stdlib",
     "tokenizer.source": "python_stdlib",
     "tokenizer.vocab_size": 4096,  # of the tokenizer; the model keeps its own 50304 entries
