@@ -7,9 +7,7 @@ S tokens of one sequence.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,14 +140,11 @@ def _write_tokens(
 ) -> tuple[list[int], np.ndarray]:
     """Append every document's tokens to `path`; return their lengths and the counts (V,)."""
 
-    def encode(text: str) -> np.ndarray:
-        return np.asarray(tokenizer.encode(text, add_bos=True, add_eos=True), dtype=dtype)
-
     lengths: list[int] = []
     counts_V = np.zeros(0, dtype=np.int64)
-    # The tokenizer releases the interpreter lock, so threads are enough.
-    with path.open("wb") as out, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for ids in pool.map(encode, documents):
+    with path.open("wb") as out:
+        for tokens in tokenizer.encode_documents(documents):
+            ids = np.asarray(tokens, dtype=dtype)
             out.write(ids.tobytes())
             lengths.append(len(ids))
             counts = np.bincount(ids, minlength=len(counts_V))

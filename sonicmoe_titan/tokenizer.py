@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +19,7 @@ END_OF_TEXT = "<|endoftext|>"
 # The tokenizer of the paper's codebase (OLMoE): 50,280 entries, padded to 50,304 in the model.
 OLMOE_TOKENIZER = "allenai/OLMoE-1B-7B-0924"
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json")
+BATCH_DOCUMENTS = 1024  # encoded at once: enough for any number of cores
 FORMAT = 1  # part of the cache key: raise it when a change below changes the result
 
 
@@ -73,6 +75,18 @@ class TextTokenizer(HuggingFaceTokenizer):
         """Return a hash of everything that decides how a document is encoded."""
         content = f"{self.tokenizer.to_str()} {self.bos_id} {self.eos_id}"
         return hashlib.sha256(content.encode()).hexdigest()
+
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yield what `encode` returns of each text, with its begin and end, on every core.
+
+        Threads that call `encode` take turns: only a batch is encoded in parallel.
+        """
+        begin = [] if self.hf_adds_bos or self.bos_id is None else [self.bos_id]
+        end = [] if self.hf_adds_eos or self.eos_id is None else [self.eos_id]
+        remaining = iter(texts)
+        while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+            for encoded in self.tokenizer.encode_batch_fast(batch):
+                yield [*begin, *encoded.ids, *end]
 
     def num_bytes_V(self) -> list[int]:
         """Return the UTF-8 bytes that each token id stands for; special tokens stand for none."""

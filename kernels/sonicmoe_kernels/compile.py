@@ -82,17 +82,22 @@ class Built(NamedTuple):
     seconds: float
 
 
+def _compiles_here(arch: str) -> bool:
+    """Whether this process may still name the target: others import cutlass too (inductor does)."""
+    return "cutlass" not in sys.modules or os.environ.get(ARCH_VARIABLE) == arch
+
+
 def prepare_dsl(arch: str = ARCH) -> None:
     """Names the target to the compiler; call it before anything imports cutlass.
 
     Raises:
         RuntimeError: cutlass was imported for another target.
     """
-    current = os.environ.get(ARCH_VARIABLE)
-    if "cutlass" in sys.modules and current != arch:
+    if not _compiles_here(arch):
         raise RuntimeError(
-            f"cutlass was imported with {ARCH_VARIABLE}={current}, but kernels are compiled for "
-            f"{arch}: set {ARCH_VARIABLE}={arch} before the first import of cutlass"
+            f"cutlass was imported with {ARCH_VARIABLE}={os.environ.get(ARCH_VARIABLE)}, but "
+            f"kernels are compiled for {arch}: set {ARCH_VARIABLE}={arch} before the first import "
+            "of cutlass"
         )
     os.environ[ARCH_VARIABLE] = arch
 
@@ -314,6 +319,10 @@ def load(spec: KernelSpec) -> Callable[..., None]:
     """
     import tvm_ffi
 
+    if not _compiles_here(ARCH):
+        from sonicmoe_kernels.parallel_build import make_ready
+
+        make_ready([spec])  # in a process of its own
     path = store.with_fallback(lambda root: build_once(spec, root=root)).path
     try:
         return tvm_ffi.load_module(str(path))[ENTRY]

@@ -87,12 +87,13 @@ def specs(
 def topk_kernels(options: TopKOptions) -> list[KernelSpec]:
     """Every kernel that `route_topk` launches with these options.
 
-    With all scores and without; the backward with their gradient and without.
+    With all scores and without; the backward with the gradient of the chosen, of all, of both.
     """
     static = dataclasses.asdict(options)
+    wanted = ((True, False), (True, True), (False, True))
     return [
         *(TopKForward(**static, all_scores=all_scores) for all_scores in (False, True)),
-        *(TopKBackward(**static, d_weights=True, d_all=d_all) for d_all in (False, True)),
+        *(TopKBackward(**static, d_weights=chosen, d_all=every) for chosen, every in wanted),
     ]
 
 

@@ -104,6 +104,12 @@ def test_ranks_that_start_together_share_one_parallel_build(tmp_path):
     assert len(objects(tmp_path / "cache")) == len(SPECS)
 
 
+def test_a_process_that_imported_the_compiler_for_another_target_builds_elsewhere(tmp_path):
+    inductor = "os.environ.pop(kernel_cache.ARCH_VARIABLE, None)\nimport cutlass\n"  # as it does
+    run(PRELUDE + inductor + LOAD, tmp_path / "cache")
+    assert len(objects(tmp_path / "cache")) == len(SPECS)
+
+
 def test_a_builder_that_is_killed_leaves_nothing_in_the_way(tmp_path):
     cache = tmp_path / "cache"
     stuck = PRELUDE + (

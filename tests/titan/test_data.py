@@ -20,7 +20,7 @@ from sonicmoe_titan.cache import build_once
 from sonicmoe_titan.corpus import fingerprint, list_files, read_documents
 from sonicmoe_titan.data import ShardBatches, TextDataLoader
 from sonicmoe_titan.shards import TokenShard, open_shard
-from sonicmoe_titan.tokenizer import TextTokenizer, trained_tokenizer
+from sonicmoe_titan.tokenizer import BATCH_DOCUMENTS, TextTokenizer, trained_tokenizer
 from tests.titan.tiny import DATA, TOKENIZER
 
 SEQ_LEN = 64
@@ -210,6 +210,11 @@ class TestTokenizer:
             contents.append((folder / "tokenizer.json").read_text())
         assert contents[0] == contents[1]
         assert len(json.loads(contents[0])["model"]["vocab"]) == 400
+
+    def test_documents_in_batches_are_encoded_as_one_by_one(self, tokenizer: TextTokenizer) -> None:
+        texts = [f"def f{i}():\n    return {'x' * (i % 7)}\n" for i in range(BATCH_DOCUMENTS + 3)]
+        one_by_one = [tokenizer.encode(text, add_bos=True, add_eos=True) for text in texts]
+        assert list(tokenizer.encode_documents(iter(texts))) == one_by_one
 
     def test_text_survives_encoding(self, tokenizer: TextTokenizer) -> None:
         text = "def f(x):\n\treturn 'h\u00e4\u4e2d\U0001f600'  # 12345\n"
