@@ -11,9 +11,6 @@ export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 # network each connection took: "NET/IB" and "GDRDMA" are what you want, "NET/Socket" is not.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# Nothing here trains on a tokenizer's own threads.
-export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-
 # Set by TorchTitan from the run's [comm] table, so a value given here would be overridden:
 #   TORCH_FR_BUFFER_SIZE            comm.trace_buf_size: collectives the flight recorder remembers
 #   TORCH_NCCL_DUMP_ON_TIMEOUT=1    every rank writes them when a collective times out, to

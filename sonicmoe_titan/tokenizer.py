@@ -79,7 +79,8 @@ class TextTokenizer(HuggingFaceTokenizer):
     def encode_documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Yield what `encode` returns of each text, with its begin and end, on every core.
 
-        Threads that call `encode` take turns: only a batch is encoded in parallel.
+        Threads that call `encode` take turns: only a batch is encoded in parallel, and not where
+        TOKENIZERS_PARALLELISM is false.
         """
         begin = [] if self.hf_adds_bos or self.bos_id is None else [self.bos_id]
         end = [] if self.hf_adds_eos or self.eos_id is None else [self.eos_id]
