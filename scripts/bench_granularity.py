@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-from bench import facts, granularity_report  # noqa: E402
+from bench import driver, facts, granularity_report  # noqa: E402
 from bench.moe_report import tflops  # noqa: E402
 
 from tests.cases import BENCHMARK_CASES, Case  # noqa: E402
@@ -230,6 +230,17 @@ def measure(shape: str, *, rounds: int, seconds: float) -> list[dict]:
     return records
 
 
+def measure_shapes(arguments: argparse.Namespace, records: list[dict], path: Path) -> None:
+    """Shape by shape; `path` is rewritten after each."""
+    for shape in arguments.shapes:
+        new = measure(shape, rounds=arguments.rounds, seconds=arguments.seconds)
+        records[:] = [r for r in records if r["shape"] != shape] + new
+        path.write_text(json.dumps(records, indent=1) + "\n")
+        for r in new:
+            print(f"{shape} {r['impl']}: {r['fwd_ms']:.3f} ms, {r['fwd_tflops']:.0f} TFLOP/s",
+                  flush=True)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -238,24 +249,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="of the records, measuring nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     arguments = parser.parse_args()
-    path = arguments.out / f"{granularity_report.NAME}.json"
-    records = json.loads(path.read_text()) if path.exists() else []
-    if not arguments.report:
-        import torch
-
-        if not torch.cuda.is_available():
-            sys.exit("bench_granularity: needs an NVIDIA GPU")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for shape in arguments.shapes:
-            new = measure(shape, rounds=arguments.rounds, seconds=arguments.seconds)
-            records = [r for r in records if r["shape"] != shape] + new
-            path.write_text(json.dumps(records, indent=1) + "\n")
-            for r in new:
-                print(f"{shape} {r['impl']}: {r['fwd_ms']:.3f} ms, {r['fwd_tflops']:.0f} TFLOP/s",
-                      flush=True)  # fmt: skip
-    if not records:
-        sys.exit(f"bench_granularity: no records in {path}")
-    granularity_report.write(records, arguments.out)
+    arguments.append = True
+    driver.run("bench_granularity", granularity_report, arguments, measure_shapes)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
 
-from bench import facts, train_losses, train_report  # noqa: E402
+from bench import driver, facts, train_losses, train_report  # noqa: E402
 from bench.train_memory import measured_bytes  # noqa: E402
 from bench.train_plan import EVERYTHING, PLAN, Row, labels  # noqa: E402
 from bench.train_profile import profile_table, read_trace  # noqa: E402
@@ -122,7 +122,7 @@ def expected_s(row: Row, records: list[dict]) -> float:
 
 def speed(arguments: argparse.Namespace) -> None:
     """Rounds over the chosen rows; a record is replaced when its row ran."""
-    path = arguments.out / f"{train_report.NAME}.json"
+    path = facts.record_path(arguments.out, train_report.KIND)
     records = json.loads(path.read_text()) if path.exists() else []
     rows, began = chosen(arguments), time.monotonic()
     if arguments.plan:
@@ -157,7 +157,7 @@ def memory(arguments: argparse.Namespace) -> None:
     records = [record for rows in found for record in rows]
     if not records:
         sys.exit("bench_train: nothing was measured, see the logs")
-    path = arguments.out / f"{train_report.MEMORY_NAME}.json"
+    path = facts.record_path(arguments.out, train_report.MEMORY_KIND)
     path.write_text(json.dumps(records, indent=1) + "\n")
     report(arguments)
 
@@ -191,7 +191,7 @@ def losses(arguments: argparse.Namespace) -> None:
     ]
     if not rows:
         sys.exit("bench_train: no run ended well, see the logs")
-    path = arguments.out / f"{train_losses.NAME}.json"
+    path = facts.record_path(arguments.out, train_losses.KIND)
     path.write_text(json.dumps(rows, indent=1) + "\n")
     train_losses.write(rows, arguments.out)
 
@@ -211,10 +211,8 @@ def profile(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Tables and figures of what the folder holds."""
-    for name, write in ((train_report.NAME, train_report), (train_losses.NAME, train_losses)):
-        path = arguments.out / f"{name}.json"
-        if path.exists():
-            write.write(json.loads(path.read_text()), arguments.out)
+    for kind in (train_report, train_losses):
+        driver.report_all(kind, arguments.out)
 
 
 ACTIONS = {

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from bench import facts
 from bench.process import WorkerProcess
 
 
@@ -54,17 +55,27 @@ def run(
     measure: Callable[[argparse.Namespace, list[dict], Path], None],
 ) -> None:
     """Measure unless --report, to the records of --out if --append; then write the report."""
-    path = arguments.out / f"{report.NAME}.json"
-    keep = (arguments.append or arguments.report) and path.exists()
-    records = json.loads(path.read_text()) if keep else []
-    if not arguments.report:
-        import torch
+    if arguments.report:
+        if not report_all(report, arguments.out):
+            sys.exit(f"{name}: no records {report.KIND}_*.json in {arguments.out}")
+        return
+    import torch
 
-        if not torch.cuda.is_available():
-            sys.exit(f"{name}: needs an NVIDIA GPU")
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"{name}: stopped"))
-        measure(arguments, records, path)
+    if not torch.cuda.is_available():
+        sys.exit(f"{name}: needs an NVIDIA GPU")
+    path = facts.record_path(arguments.out, report.KIND)
+    records = json.loads(path.read_text()) if arguments.append and path.exists() else []
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"{name}: stopped"))
+    measure(arguments, records, path)
     if not records:
         sys.exit(f"{name}: no records in {path}; see the logs beside it")
     report.write(records, arguments.out)
+
+
+def report_all(report: ModuleType, folder: Path) -> list[Path]:
+    """Write the report of every GPU whose records `folder` holds; their JSON files."""
+    found = facts.recorded(folder, report.KIND)
+    for path in found:
+        report.write(json.loads(path.read_text()), folder)
+    return found

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from bench.process import ROOT
 
@@ -28,6 +29,25 @@ MATMUL_SIZE, MATMUL_WARM, MATMUL_RUNS = 8192, 10, 300  # half a second at 600 TF
 COPY_BYTES, COPY_RUNS = 2**31, 40
 SAMPLE_S = 0.02
 NVML_CLOCK_SM = 1
+
+
+def record_name(kind: str, device: str) -> str:
+    """`kind` and the GPU, "train_h100": every kind of GPU has files of its own.
+
+    device: "NVIDIA H100 80GB HBM3", as records name it.
+    """
+    words = device.lower().split()
+    return f"{kind}_{words[1] if words[0] == 'nvidia' else words[0]}"
+
+
+def record_path(folder: Path, kind: str) -> Path:
+    """Where `folder` keeps the records of `kind` of this machine's GPU."""
+    return folder / f"{record_name(kind, where_and_when()['device'])}.json"
+
+
+def recorded(folder: Path, kind: str) -> list[Path]:
+    """The JSON files of `kind` in `folder`, one for each GPU."""
+    return sorted(folder.glob(f"{kind}_[a-z][0-9]*.json"))
 
 
 def commit() -> str:

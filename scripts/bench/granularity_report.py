@@ -8,10 +8,11 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bench.facts import record_name
 from bench.figures import bare, can_draw, figure
 from bench.moe_report import table, where
 
-NAME = "granularity_h100"
+KIND = "granularity"
 GIB = 2.0**30
 # Name of the record, label, colour.
 IMPLEMENTATIONS = {
@@ -25,9 +26,10 @@ PEER_COLORS = ("#E69F00", "#009E73", "#D55E00", "#CC79A7", "#999999", "#000000")
 
 def write(records: list[dict], folder: Path) -> None:
     """Markdown and figure beside the JSON."""
-    (folder / f"{NAME}.md").write_text("\n".join(markdown(records)) + "\n")
+    name = record_name(KIND, records[0]["device"])
+    (folder / f"{name}.md").write_text("\n".join(markdown(records)) + "\n")
     if can_draw():
-        write_figure(records, folder / f"{NAME}.png")
+        write_figure(records, folder / f"{name}.png")
 
 
 def by_experts(records: list[dict]) -> dict[int, dict[str, dict]]:
@@ -52,7 +54,7 @@ def markdown(records: list[dict]) -> list[str]:
     """Rates against the bound, then resident bytes against the formula."""
     first, torch = records[0], " and ".join(sorted({r["versions"]["torch"] for r in records}))
     lines = [
-        "# Granularity at constant FLOPs on an H100: rate and memory",
+        "# Granularity at constant FLOPs: rate and memory",
         "",
         f"{where(records)}, torch {torch}; `python scripts/bench_granularity.py`. T {first['T']}, "
         f"D {first['D']}, K F = {first['K'] * first['F']}, K / E constant; bf16, SwiGLU, forward "

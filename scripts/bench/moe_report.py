@@ -8,9 +8,10 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from bench.facts import record_name
 from bench.figures import can_draw
 
-NAME = "moe_layer_h100"
+KIND = "moe_layer"
 # Name of the record, label, colour (Okabe and Ito's palette, told apart by the colour-blind).
 IMPLEMENTATIONS = {
     "sonicmoe": ("SonicMoE (ours)", "#0072B2"),
@@ -52,12 +53,15 @@ def write(records: list[dict], folder: Path) -> None:
     """CSV, Markdown and figures beside the JSON."""
     from bench import moe_cited, moe_figures, moe_goals
 
-    _write_csv(records, folder / f"{NAME}.csv")
-    lines = _markdown(records) + moe_goals.sections(records) + moe_cited.sections(records)
+    name = record_name(KIND, records[0]["device"])
+    _write_csv(records, folder / f"{name}.csv")
+    lines = _markdown(records)
+    if name == record_name(KIND, "H100"):  # what others were measured on, and goals are set for
+        lines += moe_goals.sections(records) + moe_cited.sections(records)
     lines += _versions(records)
-    (folder / f"{NAME}.md").write_text("\n".join(lines) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     if can_draw():
-        moe_figures.write(records, folder / NAME)
+        moe_figures.write(records, folder / name)
 
 
 def _write_csv(records: list[dict], path: Path) -> None:
@@ -112,7 +116,7 @@ def footnote(rows: list[list[str]]) -> list[str]:
 
 def _markdown(records: list[dict]) -> list[str]:
     lines = [
-        "# The experts of one MoE layer on an H100",
+        "# The experts of one MoE layer",
         "",
         f"{where(records)}. bf16, SwiGLU, routing given (its metadata is built before the loop; "
         "Liger builds it in every forward). Every implementation in a process of its own, rounds "

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bench.facts import record_name
 from bench.figures import bare, can_draw, figure, legend_above
 from bench.moe_report import IMPLEMENTATIONS, SIZES, footnote, mark, table, where
 
-NAME = "moe_router_h100"
+KIND = "moe_router"
 TOPK = "topk"
 LINES = {TOPK: "-", "nearest": "--"}
 
@@ -22,16 +23,17 @@ def key(record: dict) -> tuple[str, str, str]:
 
 def write(records: list[dict], folder: Path) -> None:
     """Markdown and, where a shape has several routers, a figure beside the JSON."""
-    (folder / f"{NAME}.md").write_text("\n".join(markdown(records)) + "\n")
+    name = record_name(KIND, records[0]["device"])
+    (folder / f"{name}.md").write_text("\n".join(markdown(records)) + "\n")
     if can_draw():
-        write_figure(records, folder / f"{NAME}.png")
+        write_figure(records, folder / f"{name}.png")
 
 
 def markdown(records: list[dict]) -> list[str]:
     """One line a shape, implementation and router, then the rounding's gains."""
     torch = " and ".join(sorted({r["versions"]["torch"] for r in records}))
     lines = [
-        "# A whole MoE layer with its router on an H100",
+        "# A whole MoE layer with its router",
         "",
         f"{where(records)}, torch {torch}; `python scripts/bench_router.py`. bf16, gate + top-k + "
         "plan (+ rounding to 128 rows) + experts, forward and backward. Every implementation in a "

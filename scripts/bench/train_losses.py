@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from bench.facts import record_name
 from bench.figures import can_draw, figure
 from bench.moe_report import where
 
-NAME = "losses_7b_proxy_h100"
+KIND = "losses_7b_proxy"
 # Two initialisations that differ by less than bfloat16 resolves: every rounding falls anew.
 RUNS = {
     "hopper": {"model.backend": "hopper"},
@@ -19,9 +20,10 @@ RUNS = {
 
 def write(rows: list[dict], folder: Path) -> None:
     """Markdown and figure beside the JSON."""
-    (folder / f"{NAME}.md").write_text(loss_table(rows))
+    name = record_name(KIND, rows[0]["device"])
+    (folder / f"{name}.md").write_text(loss_table(rows))
     if can_draw():
-        draw_losses(rows, folder / f"{NAME}.png")
+        draw_losses(rows, folder / f"{name}.png")
 
 
 def distances(rows: list[dict], router: str, mode: str) -> dict[str, list[float]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bench.facts import record_name
 from bench.figures import bare, can_draw, figure, legend_above
 from bench.moe_report import table, where
 
-NAME = "train_h100"
-MEMORY_NAME = "train_memory_h100"
+KIND = "train"
+MEMORY_KIND = "train_memory"
 SECONDS_A_DAY = 86400
 GIB = 2.0**30
 # Panels of the figure: title, factor, format.
@@ -53,11 +54,12 @@ def label(record: dict) -> str:
 
 def write(records: list[dict], folder: Path) -> None:
     """Markdown and figure beside the JSON, with the memory records that the folder holds."""
-    path = folder / f"{MEMORY_NAME}.json"
+    device = records[0]["device"]
+    name, path = record_name(KIND, device), folder / f"{record_name(MEMORY_KIND, device)}.json"
     memory = json.loads(path.read_text()) if path.exists() else []
-    (folder / f"{NAME}.md").write_text("\n".join(markdown(records, memory)) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(markdown(records, memory)) + "\n")
     if can_draw():
-        write_figure(records, folder / f"{NAME}.png")
+        write_figure(records, folder / f"{name}.png")
 
 
 def markdown(records: list[dict], memory: list[dict]) -> list[str]:

@@ -55,7 +55,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_layer_driver_keeps_what_others_measured(
     tmp_path: Path, killed: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / f"{moe_report.NAME}.json"
+    path = tmp_path / f"{moe_report.KIND}_h100.json"
     arguments = bench_moe.parse(["--shapes", "small", "--impls", "sonicmoe", "liger", "official"])
     records = [{"shape": "7b_t1k", "impl": "liger", "old": True}]
     bench_moe.measure(arguments, records, path)
@@ -94,7 +94,7 @@ def test_router_driver_asks_the_official_package_for_what_it_has(
         pythonpath=[],
     )
     records: list[dict] = []
-    path = tmp_path / f"{router_report.NAME}.json"
+    path = tmp_path / f"{router_report.KIND}_h100.json"
     bench_router.measure(arguments, records, path)
     found = [router_report.key(r) for r in json.loads(path.read_text())]
     assert len(found) == len(set(found)) == 3 * len(bench_router.GROUPS["sparsest"])

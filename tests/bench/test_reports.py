@@ -9,11 +9,13 @@ import ast
 import json
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import bench_granularity
 import bench_moe
 import pytest
 from bench import (
+    facts,
     granularity_report,
     kernels,
     moe_cited,
@@ -30,24 +32,28 @@ from tests.cases import BENCHMARK_CASES, BENCHMARK_GROUPS
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = ROOT / "docs" / "benchmarks"
 CUTE = ROOT / "kernels" / "sonicmoe_kernels" / "cute"
-WRITERS = {
-    moe_report.NAME: moe_report,
-    router_report.NAME: router_report,
-    granularity_report.NAME: granularity_report,
-    train_report.NAME: train_report,
-    train_losses.NAME: train_losses,
-}
+WRITERS = (moe_report, router_report, granularity_report, train_report, train_losses)
 
 
-def _committed() -> list[str]:
-    return [name for name in WRITERS if (COMMITTED / f"{name}.json").exists()]
+def _committed() -> list[tuple[ModuleType, str]]:
+    return [(w, path.stem) for w in WRITERS for path in facts.recorded(COMMITTED, w.KIND)]
 
 
-@pytest.mark.parametrize("name", _committed())
-def test_committed_reports_are_those_of_the_committed_records(name: str, tmp_path: Path) -> None:
+def test_every_gpu_has_files_of_its_own(tmp_path: Path) -> None:
+    names = [facts.record_name("train", device) for device in ("NVIDIA H100 80GB HBM3", "B200")]
+    assert names == ["train_h100", "train_b200"]
+    for name in (*names, "train_memory_h100", "training"):
+        (tmp_path / f"{name}.json").write_text("[]")
+    assert [path.stem for path in facts.recorded(tmp_path, "train")] == sorted(names)
+
+
+@pytest.mark.parametrize(("writer", "name"), _committed(), ids=[n for _, n in _committed()])
+def test_committed_reports_are_those_of_the_committed_records(
+    writer: ModuleType, name: str, tmp_path: Path
+) -> None:
     for path in COMMITTED.glob("*.json"):
         shutil.copy(path, tmp_path)
-    WRITERS[name].write(json.loads((tmp_path / f"{name}.json").read_text()), tmp_path)
+    writer.write(json.loads((tmp_path / f"{name}.json").read_text()), tmp_path)
     made = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
     assert made
     for path in made:
@@ -103,7 +109,7 @@ def test_layer_report_answers_every_question(tmp_path: Path) -> None:
         _moe_record("7b_t4k", "sonicmoe", graph_error="operation not permitted"),
     ]
     moe_report.write(records, tmp_path)
-    text = (tmp_path / f"{moe_report.NAME}.md").read_text()
+    text = (tmp_path / f"{moe_report.KIND}_h100.md").read_text()
     # a peer that takes 1.1 and 1.3 times as long: 20% on average, 10% at least
     assert "| official sonic-moe | all | 2 * | +20.0% (+10.0%) | +20.0% (+10.0%) |" in text
     assert "| official sonic-moe | at most 512 | 1 * | +30.0% (+30.0%) |" in text
@@ -112,9 +118,9 @@ def test_layer_report_answers_every_question(tmp_path: Path) -> None:
     assert "| 7b | Zipf 1.2 | SonicMoE (ours) |" in text and "| +7.0% |" in text
     assert "700, 3.10" in text and "| 1500 | 650 |" in text
     assert "| 0.200 | 9 |" in text and "operation not permitted" in text
-    assert (tmp_path / f"{moe_report.NAME}_tflops.png").stat().st_size > 10_000
-    assert (tmp_path / f"{moe_report.NAME}_memory.png").stat().st_size > 10_000
-    header = (tmp_path / f"{moe_report.NAME}.csv").read_text().splitlines()[0]
+    assert (tmp_path / f"{moe_report.KIND}_h100_tflops.png").stat().st_size > 10_000
+    assert (tmp_path / f"{moe_report.KIND}_h100_memory.png").stat().st_size > 10_000
+    header = (tmp_path / f"{moe_report.KIND}_h100.csv").read_text().splitlines()[0]
     assert "graph_ms" in header and "per_kernel" not in header
 
 
@@ -227,7 +233,7 @@ def test_every_kernel_class_has_a_name_in_the_reports() -> None:
 
 
 def test_kinds_of_work_in_a_recorded_step() -> None:
-    records = json.loads((COMMITTED / f"{router_report.NAME}.json").read_text())
+    records = json.loads((COMMITTED / f"{router_report.KIND}_h100.json").read_text())
     names = {name for r in records if r["impl"] == "sonicmoe" for name in r["per_kernel"]}
     kinds = {name: kernels.kind(name) for name in names}
     ours = {name: kind for name, kind in kinds.items() if "sonicmoe_kernels" in name}

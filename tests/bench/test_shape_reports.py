@@ -46,10 +46,10 @@ def test_router_report_compares_with_the_official_token_choice(tmp_path: Path) -
         )
     ]
     router_report.write(records, tmp_path)
-    text = (tmp_path / f"{router_report.NAME}.md").read_text()
+    text = (tmp_path / f"{router_report.KIND}_h100.md").read_text()
     assert "| 7b | 1536 | nearest | +50.0% |" in text and "another run" not in text
     assert "| 24 (10) |" in text and "| -20.0% |" in text
-    assert (tmp_path / f"{router_report.NAME}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{router_report.KIND}_h100.png").stat().st_size > 10_000
 
 
 def test_router_summary_separates_router_and_launches() -> None:
@@ -86,9 +86,9 @@ def test_granularity_report_gives_shares_of_the_bound_and_bytes(tmp_path: Path) 
             records.append(record)
     granularity_report.write(records, tmp_path)
     assert granularity_report.shares(records, "sonicmoe") == pytest.approx([0.9] * 4)
-    text = (tmp_path / f"{granularity_report.NAME}.md").read_text()
+    text = (tmp_path / f"{granularity_report.KIND}_h100.md").read_text()
     assert "| 90.0% |" in text and "routing: 90.0%" in text
-    assert (tmp_path / f"{granularity_report.NAME}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{granularity_report.KIND}_h100.png").stat().st_size > 10_000
 
 
 def test_resident_bytes_are_flat_in_granularity_but_for_the_plan() -> None:

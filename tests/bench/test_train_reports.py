@@ -39,13 +39,13 @@ def test_training_report_compares_best_modes_and_activation_bytes(tmp_path: Path
     ]
     memory = {"model": "1.4b_k2", "router": "topk", "what": "experts' op", "tokens": 32768}
     memory |= {"layers": 18, "predicted_bytes": 2**30, "measured_bytes": 2**30, **VERSIONS, **ON}
-    (tmp_path / f"{train_report.MEMORY_NAME}.json").write_text(json.dumps([memory]))
+    (tmp_path / f"{train_report.MEMORY_KIND}_h100.json").write_text(json.dumps([memory]))
     train_report.write(records, tmp_path)
-    text = (tmp_path / f"{train_report.NAME}.md").read_text()
+    text = (tmp_path / f"{train_report.KIND}_h100.md").read_text()
     best = "| SonicMoE, top-k (compiled+graphs) | compiled, of 2 measured | 1.25x | 9.0 |"
     assert best in text and "1.30x" in text
     assert "| +0.000% | 18.00 | 18.00 |" in text
-    assert (tmp_path / f"{train_report.NAME}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{train_report.KIND}_h100.png").stat().st_size > 10_000
 
 
 def test_training_plan_puts_stock_beside_ours_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +106,9 @@ def test_losses_report_measures_distances_to_the_torch_backend(tmp_path: Path) -
         for name, off in curves.items()
     ]
     train_losses.write(rows, tmp_path)
-    text = (tmp_path / f"{train_losses.NAME}.md").read_text()
+    text = (tmp_path / f"{train_losses.KIND}_h100.md").read_text()
     assert "| topk | eager | hopper | 0.01000 | 0.01000 | 0.01000 |" in text
-    assert (tmp_path / f"{train_losses.NAME}.png").stat().st_size > 10_000
+    assert (tmp_path / f"{train_losses.KIND}_h100.png").stat().st_size > 10_000
 
 
 def test_losses_report_survives_a_failed_torch_run(tmp_path: Path) -> None:
@@ -117,4 +117,4 @@ def test_losses_report_survives_a_failed_torch_run(tmp_path: Path) -> None:
     rows = [common | where | {"run": "hopper", "losses": [3.0, 2.0]}]
     assert train_losses.distances(rows, "topk", "eager") == {}
     train_losses.write(rows, tmp_path)
-    assert "| topk |" not in (tmp_path / f"{train_losses.NAME}.md").read_text()
+    assert "| topk |" not in (tmp_path / f"{train_losses.KIND}_h100.md").read_text()
