@@ -25,6 +25,7 @@ import json
 import operator
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -163,36 +164,39 @@ def memory(arguments: argparse.Namespace) -> None:
 
 
 def losses(arguments: argparse.Namespace) -> None:
-    """Every router and mode with every backend, concurrently; writes curves and their distances."""
+    """Every router and mode with every backend, concurrently; writes curves and their distances.
+
+    The file is whole after every run; a curve measured again replaces the earlier one.
+    """
     shared = sizes("7b_proxy", steps=arguments.steps, layers=arguments.layers, sequences=1)
     shared |= {"metrics.log_freq": 1, "debug.seed": 1}
+    wanted = product(arguments.routers or ROUTERS, arguments.modes or MODES, train_losses.RUNS)
     runs = [
         Run(
             "7b_proxy",
-            {"router": router, "mode": mode, "run": name},
-            shared | {"model.router": router} | MODES[mode] | options,
+            dict(zip(train_losses.KEY, key, strict=True)),
+            shared | {"model.router": key[0]} | MODES[key[1]] | train_losses.RUNS[key[2]],
         )
-        for router in ROUTERS
-        for mode in arguments.modes or MODES
-        for name, options in train_losses.RUNS.items()
+        for key in wanted
     ]
+    path = facts.record_path(arguments.out, train_losses.KIND)
+    rows = json.loads(path.read_text()) if path.exists() else []
+    common, writing = {"versions": facts.versions(), **facts.where_and_when()}, threading.Lock()
+
+    def measure(run: Run) -> None:
+        records = train(run, arguments.work, arguments.timeout)
+        if records:
+            curve = [record[LOSS] for record in records]
+            layers = run.options["model.num_layers"]
+            new = {**run.labels, "losses": curve, "layers": layers, **common}
+            with writing:
+                rows[:] = train_losses.replaced(rows, new)
+                path.write_text(json.dumps(rows, indent=1) + "\n")
+
     with ThreadPoolExecutor(arguments.concurrent) as pool:
-        results = list(pool.map(lambda run: train(run, arguments.work, arguments.timeout), runs))
-    common = {"versions": facts.versions(), **facts.where_and_when()}
-    rows = [
-        {
-            **run.labels,
-            "losses": [r[LOSS] for r in records],
-            "layers": run.options["model.num_layers"],
-            **common,
-        }
-        for run, records in zip(runs, results, strict=True)
-        if records
-    ]
+        list(pool.map(measure, runs))
     if not rows:
         sys.exit("bench_train: no run ended well, see the logs")
-    path = facts.record_path(arguments.out, train_losses.KIND)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
     train_losses.write(rows, arguments.out)
 
 
@@ -232,6 +236,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS)
     parser.add_argument("--modes", nargs="+", choices=MODES)
     parser.add_argument("--routing", nargs="+", choices=BALANCES)
+    parser.add_argument("--routers", nargs="+", choices=ROUTERS, help="of losses")
     parser.add_argument("--all", action="store_true", help="rows beside the plan's too")
     parser.add_argument("--layers", type=int, help="the model's own otherwise")
     parser.add_argument("--sequences", type=int, help="a step; the model's own otherwise")

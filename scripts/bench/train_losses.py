@@ -18,6 +18,18 @@ RUNS = {
 }
 
 
+KEY = ("router", "mode", "run")
+
+
+def replaced(rows: list[dict], new: dict) -> list[dict]:
+    """The curves with `new` in the place of the same, in an order that no schedule decides."""
+
+    def key(row: dict) -> tuple[str, ...]:
+        return tuple(row[name] for name in KEY)
+
+    return sorted([row for row in rows if key(row) != key(new)] + [new], key=key, reverse=True)
+
+
 def write(rows: list[dict], folder: Path) -> None:
     """Markdown and figure beside the JSON."""
     name = record_name(KIND, rows[0]["device"])

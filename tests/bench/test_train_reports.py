@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bench_train
 import pytest
-from bench import train_losses, train_plan, train_report, train_runs
+from bench import facts, train_losses, train_plan, train_report, train_runs
 
 from tests.bench.records import ON, VERSIONS
 
@@ -96,6 +96,25 @@ def test_training_summary_has_what_a_record_promises(monkeypatch: pytest.MonkeyP
     assert record["activations_predicted_gib"] == 5.0
     stock = train_plan.Row("7b_proxy", "stock", "eager", "natural")
     assert "activations_predicted_gib" not in bench_train.summary(stock, run, windows)
+
+
+def test_losses_are_on_disk_after_every_run_and_replace_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = facts.record_path(tmp_path, train_losses.KIND), []
+
+    def train(run: train_runs.Run, *_: object) -> list[dict]:
+        seen.append(len(json.loads(path.read_text())) if path.exists() else 0)
+        return [{train_runs.LOSS: float(len(seen))}] if run.labels["run"] != "torch" else []
+
+    monkeypatch.setattr(bench_train, "train", train)
+    words = ["losses", "--routers", "topk", "--modes", "eager", "--concurrent", "1"]
+    words += ["--out", str(tmp_path), "--work", str(tmp_path)]
+    for _ in range(2):
+        bench_train.losses(bench_train.parse(words))
+    assert seen == [0, 1, 1, 2, 2, 2]  # a failed run leaves what there is
+    found = {row["run"]: row["losses"] for row in json.loads(path.read_text())}
+    assert found == {"hopper": [4.0], "torch, other rounding": [6.0]}
 
 
 def test_losses_report_measures_distances_to_the_torch_backend(tmp_path: Path) -> None:
