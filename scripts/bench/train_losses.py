@@ -86,7 +86,10 @@ def loss_table(rows: list[dict]) -> str:
 
 def draw_losses(rows: list[dict], path: Path) -> None:
     """Loss curves above, distances to the torch backend below; one column a router and mode."""
-    panels = list(dict.fromkeys((r["router"], r["mode"]) for r in rows))
+    found = dict.fromkeys((r["router"], r["mode"]) for r in rows)
+    panels = [panel for panel in found if distances(rows, *panel)]
+    if not panels:
+        return
     colors = dict(zip(RUNS, ("#0072B2", "#333333", "#E69F00"), strict=True))
     size = (4 * len(panels), 6)
     with figure(path, rows=2, columns=len(panels), size=size, caption=where(rows)) as (_, axes):
