@@ -82,8 +82,9 @@ class TokenRounding:
     """One CTA for each expert; a warp looks at whole blocks of tokens, lane i at token i of a word.
 
     Reads 4T bytes of keys about six times (the first time from L2, then mostly from L1) and T/8 of
-    bits, writes the bits and 4B of counts of an expert that changes, in place. Atomics count in
-    shared memory only, in integers. Sums of scores are taken in float64 in a fixed order.
+    bits, writes the bits and 4B of counts of an expert that changes, in place, and f where somebody
+    asks for it. Atomics count in shared memory only, in integers. Sums of scores are taken in
+    float64 in a fixed order.
     """
 
     def __init__(self, spec: RoutingKernel):
@@ -100,6 +101,7 @@ class TokenRounding:
         mGoUp_E: cute.Tensor | None,
         tile: Int32,
         stream: CUstream,
+        mBefore_E: cute.Tensor | None = None,
     ):
         @cute.struct
         class Storage:
@@ -109,7 +111,7 @@ class TokenRounding:
             sums: cute.struct.MemRange[Float64, WARPS]
 
         self.Storage = Storage
-        self.kernel(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, tile).launch(
+        self.kernel(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, tile, mBefore_E).launch(
             grid=[mBits.shape[1], 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -123,6 +125,7 @@ class TokenRounding:
         mUniform_E: cute.Tensor | None,
         mGoUp_E: cute.Tensor | None,
         tile: Int32,
+        mBefore_E: cute.Tensor | None,
     ):
         expert = cute.arch.block_idx()[0]
         warp = cute.arch.warp_idx()
@@ -138,6 +141,9 @@ class TokenRounding:
 
         f = self.sum_blocks(mChosen, expert, sScratch)
         addable = self.sum_blocks(mAddable, expert, sScratch)
+        if const_expr(mBefore_E is not None):
+            if cute.arch.thread_idx()[0] == 0:
+                mBefore_E[expert] = f
         over = f % tile
         down = f - over
         go_up = Boolean(False)

@@ -1,0 +1,320 @@
+"""The whole MoE block as one operator with one gradient, for few tokens: the host's time is all
+that counts there.
+
+Legend: B batch, L sequence, T = B * L tokens, D model width, F expert width, E experts, K experts
+per token, R routed rows (static bound R_max), halves 2 when the activation is gated.
+
+What `gate`, `route_topk`, the plan and `moe_experts` do one by one, by the same kernels in the same
+order; results are theirs bit for bit, but for the gradient of x, which is rounded to bf16 once less
+often (the gate's share is added to the experts' sums before these are rounded). Kept for backward
+is what those keep: x, H, the plan, and the choice's ids with either its weights or the logits.
+
+Host time is spent by the call: kernels are launched from compiled code, several at a time
+(cute/block.py), and the small tensors between them are parts of two buffers (block_stages.py).
+Where anybody wants to see what happens in between, callers take the modules instead: here is no
+dispatcher, no tracing and no second derivative.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sonicmoe_kernels import compile as kernel_cache
+from sonicmoe_kernels import hopper
+from sonicmoe_kernels.activations import get_activation
+from sonicmoe_kernels.block_stages import (
+    STAGES,
+    BlockLayer,
+    BlockStage,
+    gradient_parts,
+    kept_parts,
+    scratch_parts,
+    words,
+)
+from sonicmoe_kernels.parallel_build import make_ready
+from sonicmoe_kernels.rounding import STOCHASTIC, rounding_r_max
+from sonicmoe_kernels.tiles import MAX_PAIRS, MAX_ROUTED_TOKENS, pick_rows
+
+__all__ = ["ALIGN", "ENTROPY_SAMPLE", "Counting", "FusedBlock", "RouterSums", "fused_block"]
+
+ALIGN = 16  # bytes; every tensor given here begins at a multiple, as TMA and wide loads need
+ENTROPY_SAMPLE = 1024
+"""Tokens per forward pass, about, from which the entropy is estimated."""
+
+Counting = Literal[0, 1, 2]
+"""What a forward pass adds to the statistics: nothing, its choices, or everything."""
+
+H_SAVED = 6  # place of H among the saved: x, gate, w1, w3, w2, kept, H, logits
+REFUSAL = (
+    "the MoE block has no second derivative: its backward recomputes activations in fused kernels. "
+    "Take gradients without create_graph=True."
+)
+
+
+class RouterSums(NamedTuple):
+    """Where a forward pass adds its statistics, float32, in place.
+
+    passes: at least 2, the number of passes and that of tokens. entropy_P: nats, summed over
+    tokens. Of each expert: load_E rows, tiles_E whole GEMM tiles of them, added_E rows that token
+    rounding added, change_E those less what it dropped, choices_E tokens before rounding.
+    """
+
+    passes: Tensor
+    entropy_P: Tensor
+    load_E: Tensor
+    tiles_E: Tensor
+    added_E: Tensor
+    change_E: Tensor
+    choices_E: Tensor
+
+
+class Sizes(NamedTuple):
+    """What depends on the number of tokens: R_max, lengths of buffers, every which token counts."""
+
+    rows: int
+    kept: int
+    scratch: int
+    gradient: int
+    sample_stride: int
+
+
+class FusedBlock:
+    """The compiled stages of layers that are alike, on one device.
+
+    Args:
+        layer: what they are compiled for.
+        tile: rows of a tile of token rounding; ignored without.
+        route_scale: factor on all scores.
+        device: a Hopper GPU.
+    """
+
+    def __init__(
+        self, layer: BlockLayer, *, tile: int, route_scale: float, device: torch.device
+    ) -> None:
+        self.layer, self.tile, self.route_scale, self.device = layer, tile, route_scale, device
+        stages = [BlockStage(stage, layer) for stage in STAGES]
+        make_ready(stages)
+        self.hidden, self.combine, self.hidden_gradient, self.input_gradient, self.weight_gradients = (
+            kernel_cache.load(stage) for stage in stages
+        )
+        self.num_ctas = hopper._num_ctas(device.index)
+        self.halves = get_activation(layer.activation).halves
+        self.draws = layer.rounding in STOCHASTIC
+        self.reads_logits = layer.rounding is not None or not layer.routing.over_chosen
+        self._sizes: dict[int, Sizes | None] = {}
+
+    def sizes(self, num_tokens: int) -> Sizes | None:
+        """Of so many tokens; None where there is nothing to do or the kernels do not serve them."""
+        try:
+            return self._sizes[num_tokens]
+        except KeyError:
+            self._sizes[num_tokens] = found = self._find_sizes(num_tokens)
+            return found
+
+    def _find_sizes(self, num_tokens: int) -> Sizes | None:
+        layer, routing = self.layer, self.layer.routing
+        too_many = num_tokens > MAX_ROUTED_TOKENS or num_tokens * routing.num_experts >= MAX_PAIRS
+        if not num_tokens or too_many or (layer.rounding is not None and self.tile > num_tokens):
+            return None
+        rows = num_tokens * routing.top_k
+        if layer.rounding is not None:
+            rows = rounding_r_max(
+                rows, num_tokens, routing.num_experts, rounding=layer.rounding, tile=self.tile
+            )
+        gemm = pick_rows(
+            "d_hidden",
+            d=layer.d,
+            f=layer.f,
+            num_experts=routing.num_experts,
+            activation=layer.activation,
+        )
+        return Sizes(
+            rows=rows,
+            kept=words(kept_parts(layer, num_tokens, rows)),
+            scratch=words(scratch_parts(layer, num_tokens, rows)),
+            gradient=words(gradient_parts(layer, rows, gemm.n_tiles)),
+            sample_stride=max(1, num_tokens // ENTROPY_SAMPLE),
+        )
+
+    def __call__(
+        self,
+        x_BLD: Tensor,
+        gate_ED: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor | None,
+        w2_EDF: Tensor,
+        *,
+        bias_E: Tensor | None,
+        sums: RouterSums,
+        counting: Counting,
+    ) -> Tensor:
+        """(B, L, D): each token's experts' outputs times their scores, summed.
+
+        Differentiable once in all tensors but the bias. Everything is a plain contiguous tensor on
+        `device`, which is the current one, aligned to ALIGN, and bf16 but for the float32 bias and
+        sums; `sizes` knows the number of tokens. Nothing of that is checked.
+
+        Args:
+            x_BLD: tokens.
+            gate_ED: the router's weight.
+            w1_EFD, w3_EFD, w2_EDF: the experts' weights, see `moe_experts`.
+            bias_E: added for the choice alone, given where the layer has a bias.
+            sums: what to add the statistics to.
+            counting: which.
+        """
+        return _Block.apply(self, sums, counting, bias_E, x_BLD, gate_ED, w1_EFD, w3_EFD, w2_EDF)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        gate_ED: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor | None,
+        w2_EDF: Tensor,
+        bias_E: Tensor | None,
+        sums: RouterSums,
+        counting: Counting,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The output, and what backward reads: plan and choice, H, and the logits."""
+        empty, half, device, layer = torch.empty, torch.bfloat16, self.device, self.layer
+        x_TD = x_BLD.view(-1, layer.d)
+        size = self._sizes[x_TD.shape[0]]
+        assert size is not None
+        logits_TE = torch.mm(x_TD, gate_ED.t(), out_dtype=torch.float32)
+        uniform_E = torch.rand(gate_ED.shape[0], device=device) if self.draws else None
+        kept = empty(size.kept, dtype=torch.int32, device=device)
+        scratch = empty(size.scratch, dtype=torch.int32, device=device)
+        h_RHF = empty((size.rows, self.halves, layer.f), dtype=half, device=device)
+        y_RD = empty((size.rows, layer.d), dtype=half, device=device)
+        self.hidden(
+            x_TD,
+            logits_TE,
+            bias_E,
+            uniform_E,
+            w1_EFD,
+            w3_EFD,
+            w2_EDF,
+            kept,
+            scratch,
+            h_RHF,
+            y_RD,
+            *sums,
+            self.route_scale,
+            self.tile,
+            size.sample_stride,
+            counting,
+            self.num_ctas,
+        )
+        del scratch  # before the output is made, as in hopper_experts
+        out_BLD = torch.empty_like(x_BLD)
+        self.combine(y_RD, kept, out_BLD.view(-1, layer.d))
+        return out_BLD, kept, h_RHF, logits_TE if self.reads_logits else None
+
+    def backward(
+        self,
+        dout_BLD: Tensor,
+        x_BLD: Tensor,
+        gate_ED: Tensor,
+        w1_EFD: Tensor,
+        w3_EFD: Tensor | None,
+        w2_EDF: Tensor,
+        kept: Tensor,
+        h_RHF: Tensor,
+        logits_TE: Tensor | None,
+        *,
+        overwrite_h: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """Gradients of x, gate, w1, w3 and w2; with `overwrite_h` H holds dH when it returns."""
+        empty, like, half, device = torch.empty, torch.empty_like, torch.bfloat16, self.device
+        E, d = gate_ED.shape
+        dout_TD, x_TD, num_rows = dout_BLD.view(-1, d), x_BLD.view(-1, d), h_RHF.shape[0]
+        num_tokens = x_TD.shape[0]
+        size = self._sizes[num_tokens]
+        assert size is not None
+        dh_RHF = h_RHF if overwrite_h else like(h_RHF)
+        dw2_EDF = like(w2_EDF)
+        halves_T2E = empty((num_tokens, 2 * E), dtype=half, device=device)
+        self.hidden_gradient(
+            dout_TD,
+            logits_TE,
+            w2_EDF,
+            kept,
+            empty(size.gradient, dtype=torch.int32, device=device),
+            h_RHF,
+            dh_RHF,
+            dw2_EDF,
+            halves_T2E,
+            self.route_scale,
+            self.num_ctas,
+        )
+        # the gate's share, in which the experts' is added up
+        dx_TD = torch.mm(halves_T2E, torch.cat((gate_ED, gate_ED)))
+        dgate_2ED = torch.mm(halves_T2E.t(), x_TD, out_dtype=torch.float32)
+        dgate_ED = torch.add(*dgate_2ED.split(E), out=like(gate_ED))
+        dx_RD = empty((num_rows, d), dtype=half, device=device)
+        self.input_gradient(dh_RHF, w1_EFD, w3_EFD, kept, dx_RD, dx_TD, dx_TD, self.num_ctas)
+        del dx_RD  # before the greatest gradients are made, as in hopper_experts
+        dw1_EFD = like(w1_EFD)
+        dw3_EFD = None if w3_EFD is None else like(w3_EFD)
+        self.weight_gradients(x_TD, kept, dh_RHF, dw1_EFD, dw3_EFD, self.num_ctas)
+        return dx_TD.view(x_BLD.shape), dgate_ED, dw1_EFD, dw3_EFD, dw2_EDF
+
+
+fused_block = functools.cache(FusedBlock)
+"""A FusedBlock, the same for the same arguments."""
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        block: FusedBlock,
+        sums: RouterSums,
+        counting: Counting,
+        bias_E: Tensor | None,
+        x_BLD: Tensor,
+        *weights: Tensor | None,
+    ) -> Tensor:
+        out_BLD, *kept = block.forward(x_BLD, *weights, bias_E, sums, counting)
+        ctx.block = block
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x_BLD, *weights, *kept)
+        return out_BLD
+
+    @staticmethod
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, dout_BLD: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if dout_BLD is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, block = ctx.saved_tensors, ctx.block
+        if not dout_BLD.is_contiguous() or dout_BLD.data_ptr() % ALIGN:
+            dout_BLD = dout_BLD.clone(memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled():  # create_graph
+            with torch.no_grad():
+                gradients = block.backward(dout_BLD, *saved, overwrite_h=False)
+            gradients = _Once.apply(gradients, dout_BLD, *saved)
+        else:
+            # a second backward through the same graph raises torch's own error
+            torch.autograd.graph.increment_version(saved[H_SAVED])
+            gradients = block.backward(dout_BLD, *saved, overwrite_h=True)
+        return None, None, None, None, *gradients
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are; theirs is refused."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(REFUSAL)
