@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sonicmoe_kernels.backends import (
+    HOPPER_MULTIPLE,
     resolve_backend,
     resolve_topk_backend,
 )
@@ -155,6 +156,8 @@ def _block(
     after_sigmoid = score_func == "sigmoid" and softmax_order == "after"
     if after_sigmoid or not route_scale > 0 or why_illegal_routing(num_experts, top_k):
         return None
+    if num_experts % HOPPER_MULTIPLE:
+        return None  # in backward the gate is an expert of this width
     if resolve_backend(experts_backend, device, torch.bfloat16, d, f) != "hopper":
         return None
     routes = resolve_topk_backend(router_backend, device, torch.float32, num_experts, top_k)

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels import hopper
-from sonicmoe_kernels.activations import get_activation
 from sonicmoe_kernels.block_stages import (
     STAGES,
     BlockLayer,
@@ -49,7 +48,10 @@ ENTROPY_SAMPLE = 1024
 Counting = Literal[0, 1, 2]
 """What a forward pass adds to the statistics: nothing, its choices, or everything."""
 
-H_SAVED = 6  # place of H among the saved: x, gate, w1, w3, w2, kept, H, logits
+FEW_TOKENS = 2048
+"""Up to so many the gate's gradient is a kernel of ours: a CTA for each 128 of D, which takes
+2T / 64 turns; beyond, cuBLAS splits the sum over T and is faster than we save in host time."""
+
 REFUSAL = (
     "the MoE block has no second derivative: its backward recomputes activations in fused kernels. "
     "Take gradients without create_graph=True."
@@ -74,7 +76,11 @@ class RouterSums(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What depends on the number of tokens: R_max, lengths of buffers, every which token counts."""
+    """What depends on the number of tokens.
+
+    rows: R_max. kept, scratch, gradient: words of the buffers, see `block_stages`. sample_stride:
+    every which token counts for the entropy.
+    """
 
     rows: int
     kept: int
@@ -103,7 +109,6 @@ class FusedBlock:
             kernel_cache.load(stage) for stage in stages
         )
         self.num_ctas = hopper._num_ctas(device.index)
-        self.halves = get_activation(layer.activation).halves
         self.draws = layer.rounding in STOCHASTIC
         self.reads_logits = layer.rounding is not None or not layer.routing.over_chosen
         self._sizes: dict[int, Sizes | None] = {}
@@ -137,7 +142,7 @@ class FusedBlock:
             rows=rows,
             kept=words(kept_parts(layer, num_tokens, rows)),
             scratch=words(scratch_parts(layer, num_tokens, rows)),
-            gradient=words(gradient_parts(layer, rows, gemm.n_tiles)),
+            gradient=words(gradient_parts(layer, num_tokens, rows, gemm.n_tiles)),
             sample_stride=max(1, num_tokens // ENTROPY_SAMPLE),
         )
 
@@ -179,9 +184,9 @@ class FusedBlock:
         bias_E: Tensor | None,
         sums: RouterSums,
         counting: Counting,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The output, and what backward reads: plan and choice, H, and the logits."""
-        empty, half, device, layer = torch.empty, torch.bfloat16, self.device, self.layer
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The output, and what backward reads: the kept buffer and the logits."""
+        empty, device, layer = torch.empty, self.device, self.layer
         x_TD = x_BLD.view(-1, layer.d)
         size = self._sizes[x_TD.shape[0]]
         assert size is not None
@@ -189,8 +194,7 @@ class FusedBlock:
         uniform_E = torch.rand(gate_ED.shape[0], device=device) if self.draws else None
         kept = empty(size.kept, dtype=torch.int32, device=device)
         scratch = empty(size.scratch, dtype=torch.int32, device=device)
-        h_RHF = empty((size.rows, self.halves, layer.f), dtype=half, device=device)
-        y_RD = empty((size.rows, layer.d), dtype=half, device=device)
+        y_RD = empty((size.rows, layer.d), dtype=torch.bfloat16, device=device)
         self.hidden(
             x_TD,
             logits_TE,
@@ -201,7 +205,6 @@ class FusedBlock:
             w2_EDF,
             kept,
             scratch,
-            h_RHF,
             y_RD,
             *sums,
             self.route_scale,
@@ -213,7 +216,7 @@ class FusedBlock:
         del scratch  # before the output is made, as in hopper_experts
         out_BLD = torch.empty_like(x_BLD)
         self.combine(y_RD, kept, out_BLD.view(-1, layer.d))
-        return out_BLD, kept, h_RHF, logits_TE if self.reads_logits else None
+        return out_BLD, kept, logits_TE if self.reads_logits else None
 
     def backward(
         self,
@@ -224,45 +227,51 @@ class FusedBlock:
         w3_EFD: Tensor | None,
         w2_EDF: Tensor,
         kept: Tensor,
-        h_RHF: Tensor,
         logits_TE: Tensor | None,
-        *,
-        overwrite_h: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """Gradients of x, gate, w1, w3 and w2; with `overwrite_h` H holds dH when it returns."""
-        empty, like, half, device = torch.empty, torch.empty_like, torch.bfloat16, self.device
-        E, d = gate_ED.shape
-        dout_TD, x_TD, num_rows = dout_BLD.view(-1, d), x_BLD.view(-1, d), h_RHF.shape[0]
-        num_tokens = x_TD.shape[0]
-        size = self._sizes[num_tokens]
+        """Gradients of x, gate, w1, w3 and w2; dH takes the place of H in the kept buffer."""
+        empty, like, device, layer = torch.empty, torch.empty_like, self.device, self.layer
+        dout_TD, x_TD = dout_BLD.view(-1, layer.d), x_BLD.view(-1, layer.d)
+        size = self._sizes[x_TD.shape[0]]
         assert size is not None
-        dh_RHF = h_RHF if overwrite_h else like(h_RHF)
-        dw2_EDF = like(w2_EDF)
-        halves_T2E = empty((num_tokens, 2 * E), dtype=half, device=device)
+        few = x_TD.shape[0] <= FEW_TOKENS
+        scratch = empty(size.gradient, dtype=torch.int32, device=device)
+        dw2_EDF, dx_BLD, dgate_ED = like(w2_EDF), like(x_BLD), like(gate_ED)
+        dx_TD = dx_BLD.view(-1, layer.d)
         self.hidden_gradient(
             dout_TD,
+            x_TD,
             logits_TE,
+            gate_ED,
             w2_EDF,
             kept,
-            empty(size.gradient, dtype=torch.int32, device=device),
-            h_RHF,
-            dh_RHF,
+            scratch,
             dw2_EDF,
-            halves_T2E,
+            dx_TD,
+            dgate_ED,
+            size.rows,
             self.route_scale,
+            few,
             self.num_ctas,
         )
-        # the gate's share, in which the experts' is added up
-        dx_TD = torch.mm(halves_T2E, torch.cat((gate_ED, gate_ED)))
-        dgate_2ED = torch.mm(halves_T2E.t(), x_TD, out_dtype=torch.float32)
-        dgate_ED = torch.add(*dgate_2ED.split(E), out=like(gate_ED))
-        dx_RD = empty((num_rows, d), dtype=half, device=device)
-        self.input_gradient(dh_RHF, w1_EFD, w3_EFD, kept, dx_RD, dx_TD, dx_TD, self.num_ctas)
-        del dx_RD  # before the greatest gradients are made, as in hopper_experts
+        if not few:
+            _gate_gradient(scratch, x_TD, dgate_ED)
+        del scratch  # as the rest: each buffer is made late and dropped early
+        dx_RD = empty((size.rows, layer.d), dtype=torch.bfloat16, device=device)
+        self.input_gradient(w1_EFD, w3_EFD, kept, dx_RD, dx_TD, self.num_ctas)
+        del dx_RD
         dw1_EFD = like(w1_EFD)
         dw3_EFD = None if w3_EFD is None else like(w3_EFD)
-        self.weight_gradients(x_TD, kept, dh_RHF, dw1_EFD, dw3_EFD, self.num_ctas)
-        return dx_TD.view(x_BLD.shape), dgate_ED, dw1_EFD, dw3_EFD, dw2_EDF
+        self.weight_gradients(x_TD, kept, dw1_EFD, dw3_EFD, size.rows, self.num_ctas)
+        return dx_BLD, dgate_ED, dw1_EFD, dw3_EFD, dw2_EDF
+
+
+def _gate_gradient(scratch: Tensor, x_TD: Tensor, dgate_ED: Tensor) -> None:
+    """Writes the gate's gradient by cuBLAS, from the halves with which the buffer begins."""
+    (T, _), E = x_TD.shape, dgate_ED.shape[0]
+    halves_T2E = scratch[: T * E].view(torch.bfloat16).view(T, 2 * E)
+    dgate_2ED = torch.mm(halves_T2E.t(), x_TD, out_dtype=torch.float32)
+    torch.add(*dgate_2ED.split(E), out=dgate_ED)
 
 
 fused_block = functools.cache(FusedBlock)
@@ -295,14 +304,15 @@ class _Block(torch.autograd.Function):
         saved, block = ctx.saved_tensors, ctx.block
         if not dout_BLD.is_contiguous() or dout_BLD.data_ptr() % ALIGN:
             dout_BLD = dout_BLD.clone(memory_format=torch.contiguous_format)
+        *inputs, kept, logits = saved
         if torch.is_grad_enabled():  # create_graph
             with torch.no_grad():
-                gradients = block.backward(dout_BLD, *saved, overwrite_h=False)
+                gradients = block.backward(dout_BLD, *inputs, kept.clone(), logits)
             gradients = _Once.apply(gradients, dout_BLD, *saved)
         else:
             # a second backward through the same graph raises torch's own error
-            torch.autograd.graph.increment_version(saved[H_SAVED])
-            gradients = block.backward(dout_BLD, *saved, overwrite_h=True)
+            torch.autograd.graph.increment_version(kept)
+            gradients = block.backward(dout_BLD, *inputs, kept, logits)
         return None, None, None, None, *gradients
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from sonicmoe_kernels.activations import get_activation
 from sonicmoe_kernels.tiles import BLOCK_WORDS, TOKEN_BLOCK, TopKOptions, count_columns
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
 Stage = Literal["hidden", "combine", "hidden_gradient", "input_gradient", "weight_gradients"]
 PART_WORDS = 4  # parts begin at multiples of 16 bytes: what kernels load at once
 ID_WORDS = 2  # of an expert's number, int64
+HALVES_IN_WORD = 2  # bf16 numbers
+GATE_SPANS = 3  # 0, T, 2T: an expert of T rows, or of 2T
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ class BlockStage:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """The kernels, in order; "statistics" only where they are counted."""
+        """The kernels, in order; "statistics" only where somebody counts, the gate's "d_weight13"
+        only for few tokens.
+        """
         match self.stage:
             case "hidden":
                 balance = ("balance",) if self.layer.rounding == "balance" else ()
@@ -77,7 +82,7 @@ class BlockStage:
             case "combine":
                 return ("aggregate",)
             case "hidden_gradient":
-                return ("d_hidden", "d_weight2", "topk_backward")
+                return ("d_hidden", "d_weight2", "topk_backward", "d_input", "d_weight13")
             case "input_gradient":
                 return ("d_input", "aggregate")
             case "weight_gradients":
@@ -94,13 +99,14 @@ STAGES: tuple[Stage, ...] = (
 
 
 def kept_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
-    """Words of each part of the buffer kept for backward, in their order: the plan and the choice.
+    """Words of each part of the buffer kept for backward, in their order: H, plan and choice.
 
     The K weights are kept where a softmax over the chosen is differentiated; else the logits are,
     a tensor of their own.
     """
     E, K = layer.routing.num_experts, layer.routing.top_k
     parts = {
+        "h": halves_of(layer) * layer.f // HALVES_IN_WORD * rows,
         "ids": ID_WORDS * K * tokens,
         "token_idx": rows,
         "score": rows,
@@ -119,7 +125,7 @@ def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
     E, K = layer.routing.num_experts, layer.routing.top_k
     columns = count_columns(E)
     blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
-    parts = {"bits": E * BLOCK_WORDS * blocks, "counts": columns * blocks, "a": layer.f // 2 * rows}
+    parts = {"bits": E * BLOCK_WORDS * blocks, "counts": columns * blocks, "a": a_words(layer, rows)}
     if not layer.routing.over_chosen:
         parts["weights"] = K * tokens
     if layer.rounding is not None:
@@ -132,9 +138,31 @@ def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
     return parts
 
 
-def gradient_parts(layer: BlockLayer, rows: Any, score_parts: int) -> dict[str, Any]:
-    """Words of each part of the buffer that the gradient of H leaves: A' and dS in parts."""
-    return {"a": layer.f // 2 * rows, "dscore": score_parts * rows}
+def gradient_parts(
+    layer: BlockLayer, tokens: Any, rows: Any, score_parts: int
+) -> dict[str, Any]:
+    """Words of each part of the buffer of the backward's first stage.
+
+    The logits' gradient in two bf16 halves (T, 2, E), first; A'; dS in parts; and the gate's
+    product seen as an expert's: the tokens of its 2T rows, and where these start and end.
+    """
+    return {
+        "halves": 2 * layer.routing.num_experts // HALVES_IN_WORD * tokens,
+        "a": a_words(layer, rows),
+        "dscore": score_parts * rows,
+        "gate_rows": 2 * tokens,
+        "gate_spans": GATE_SPANS,
+    }
+
+
+def a_words(layer: BlockLayer, rows: Any) -> Any:
+    """Of A (R_max, F)."""
+    return layer.f // HALVES_IN_WORD * rows
+
+
+def halves_of(layer: BlockLayer) -> int:
+    """2 where the activation is gated."""
+    return get_activation(layer.activation).halves
 
 
 def words(parts: dict[str, Any]) -> Any:

@@ -15,12 +15,13 @@ from typing import Any
 
 import cutlass.cute as cute
 from cuda.bindings.driver import CUstream
-from cutlass import Float32, Int32, Int64, const_expr
+from cutlass import BFloat16, Float32, Int32, Int64, const_expr
 
-from sonicmoe_kernels.activations import get_activation
 from sonicmoe_kernels.block_stages import (
+    GATE_SPANS,
     BlockLayer,
     gradient_parts,
+    halves_of,
     kept_parts,
     scratch_parts,
     whole,
@@ -107,6 +108,9 @@ class Stage:
     def token_offsets(self, kept: Buffer, tokens: Int32) -> cute.Tensor:
         return kept.part("token_offsets", Int32, (tokens + 1,))
 
+    def h(self, kept: Buffer, rows: Int32) -> cute.Tensor:
+        return kept.part("h", BFloat16, (rows, halves_of(self.layer), self.layer.f))
+
     def chosen(self, buffer: Buffer, name: str, tokens: Int32, element: type) -> cute.Tensor:
         return buffer.part(name, element, (tokens, self.K))
 
@@ -139,7 +143,6 @@ class Hidden(Stage):
         mW2_EDF: cute.Tensor,
         mKept: cute.Tensor,
         mScratch: cute.Tensor,
-        mH_RHF: cute.Tensor,
         mY_RD: cute.Tensor,
         mPasses: cute.Tensor,
         mEntropy_P: cute.Tensor,
@@ -156,7 +159,7 @@ class Hidden(Stage):
         stream: CUstream,
     ):
         E, rounding = self.E, self.layer.rounding
-        tokens, rows = mX_TD.shape[0], mH_RHF.shape[0]
+        tokens, rows = mX_TD.shape[0], mY_RD.shape[0]
         kept = self.kept(mKept, tokens, rows)
         scratch = Buffer(mScratch, scratch_parts(self.layer, Int64(tokens), Int64(rows)))
         mIds_TK = self.chosen(kept, "ids", tokens, Int64)
@@ -206,7 +209,8 @@ class Hidden(Stage):
             self.statistics(
                 mLogits_TE, mOffsets, mBefore_E, sums, sample_stride, first_pass, stream
             )
-        mA_RF = scratch.part("a", mX_TD.element_type, (rows, self.layer.f))
+        mA_RF = scratch.part("a", BFloat16, (rows, self.layer.f))
+        mH_RHF = self.h(kept, rows)
         self.up(mX_TD, mTokenIdx_R, mOffsets, mW1_EFD, mW3_EFD, mH_RHF, mA_RF, num_ctas, stream)
         self.down(mA_RF, mOffsets, mW2_EDF, mY_RD, num_ctas, stream)
 
@@ -233,7 +237,12 @@ class Combine(Stage):
 
 
 class HiddenGradient(Stage):
-    """From the output's gradient to dH, dW2 and the logits' gradient in two halves."""
+    """From the output's gradient to dH, which takes H's place, dW2 and the gate's gradients.
+
+    The gate is an expert of its own here. Its share of dX is that of an expert whose two weights
+    are both the gate and whose dH are the two halves of the logits' gradient; its weight's gradient
+    that of an ungated expert with the halves for rows, two of each token.
+    """
 
     def __init__(self, layer: BlockLayer):
         super().__init__(layer)
@@ -241,29 +250,34 @@ class HiddenGradient(Stage):
         self.d_hidden = instance_of(self.d_hidden_gemm)
         self.d_weight2 = GroupedGemmK(pick_weights("d_weight2", d=layer.d, f=layer.f))
         self.topk_gradient = TopKGradient(topk_gradient(layer))
+        self.gate_input = instance_of(pick_rows("d_input", d=layer.d, f=self.E, num_experts=1))
+        self.gate_weight = GroupedGemmK(pick_weights("d_weight13", d=layer.d, f=self.E))
 
     @cute.jit
     def __call__(
         self,
         mDOut_TD: cute.Tensor,
+        mX_TD: cute.Tensor,
         mLogits_TE: cute.Tensor | None,
+        mGate_ED: cute.Tensor,
         mW2_EDF: cute.Tensor,
         mKept: cute.Tensor,
         mScratch: cute.Tensor,
-        mH_RHF: cute.Tensor,
-        mDH_RHF: cute.Tensor,
         mDW2_EDF: cute.Tensor,
-        mHalves: cute.Tensor,
+        mDX_TD: cute.Tensor,
+        mDGate_ED: cute.Tensor,
+        rows: Int32,
         scale: Float32,
+        with_gate_weight: Int32,
         num_ctas: Int32,
         stream: CUstream,
     ):
-        tokens, rows, parts = mDOut_TD.shape[0], mH_RHF.shape[0], self.d_hidden_gemm.n_tiles
+        E, d, tokens, parts = self.E, self.layer.d, mX_TD.shape[0], self.d_hidden_gemm.n_tiles
         kept = self.kept(mKept, tokens, rows)
-        scratch = Buffer(mScratch, gradient_parts(self.layer, Int64(rows), parts))
+        scratch = Buffer(mScratch, gradient_parts(self.layer, Int64(tokens), Int64(rows), parts))
         mTokenIdx_R = self.rows_of(kept, "token_idx", rows)
-        mOffsets = self.expert_offsets(kept)
-        mA_RF = scratch.part("a", mDOut_TD.element_type, (rows, self.layer.f))
+        mOffsets, mH_RHF = self.expert_offsets(kept), self.h(kept, rows)
+        mA_RF = scratch.part("a", BFloat16, (rows, self.layer.f))
         mDScore_NR = scratch.part("dscore", Float32, (parts, rows), (Int64(rows), 1))
         self.d_hidden(
             mDOut_TD,
@@ -272,30 +286,44 @@ class HiddenGradient(Stage):
             mW2_EDF,
             self.rows_of(kept, "score", rows, Float32),
             mH_RHF,
-            mDH_RHF,
+            mH_RHF,
             mA_RF,
             mDScore_NR,
             num_ctas,
             stream,
         )
         self.d_weight2(mDOut_TD, mTokenIdx_R, mOffsets, mA_RF, mDW2_EDF, None, num_ctas, stream)
+        mGateRows = scratch.part("gate_rows", Int32, (2 * tokens,))
+        mGateSpans = scratch.part("gate_spans", Int32, (GATE_SPANS,))
         plan = PlanGradients(
             mDScore_NR,
             self.rows_of(kept, "source", rows),
             self.rows_of(kept, "token_rows", rows),
             self.token_offsets(kept, tokens),
+            mGateRows,
+            mGateSpans,
         )
         mWeights_TK = None
         if const_expr(self.layer.routing.over_chosen):
             mWeights_TK = self.chosen(kept, "weights", tokens, Float32)
         mIds_TK = self.chosen(kept, "ids", tokens, Int64)
+        mHalves = scratch.part("halves", BFloat16, (tokens, 2 * E))
         self.topk_gradient(
             None, None, mIds_TK, mWeights_TK, mLogits_TE, mHalves, scale, stream, plan
         )
+        one = cute.make_layout((1, E, d), stride=(E * d, d, 1))
+        mGate, mDGate = (cute.make_tensor(m.iterator, one) for m in (mGate_ED, mDGate_ED))
+        mHalves = scratch.part("halves", BFloat16, (tokens, 2, E))
+        mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2))
+        self.gate_input(mHalves, mSpan, mGate, mGate, mDX_TD, num_ctas, stream)
+        mHalves = scratch.part("halves", BFloat16, (2 * tokens, 1, E))
+        mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2, stride=2))
+        if with_gate_weight != 0:
+            self.gate_weight(mX_TD, mGateRows, mSpan, mHalves, mDGate, None, num_ctas, stream)
 
 
 class InputGradient(Stage):
-    """From dH and the gate's share to the input's gradient."""
+    """From dH to the input's gradient, which mDX_TD holds the gate's share of."""
 
     def __init__(self, layer: BlockLayer):
         super().__init__(layer)
@@ -305,26 +333,23 @@ class InputGradient(Stage):
     @cute.jit
     def __call__(
         self,
-        mDH_RHF: cute.Tensor,
         mW1_EFD: cute.Tensor,
         mW3_EFD: cute.Tensor | None,
         mKept: cute.Tensor,
         mDX_RD: cute.Tensor,
-        mGate_TD: cute.Tensor,
         mDX_TD: cute.Tensor,
         num_ctas: Int32,
         stream: CUstream,
     ):
         tokens, rows = mDX_TD.shape[0], mDX_RD.shape[0]
         kept = self.kept(mKept, tokens, rows)
-        self.d_input(
-            mDH_RHF, self.expert_offsets(kept), mW1_EFD, mW3_EFD, mDX_RD, num_ctas, stream
-        )
+        mOffsets, mDH_RHF = self.expert_offsets(kept), self.h(kept, rows)
+        self.d_input(mDH_RHF, mOffsets, mW1_EFD, mW3_EFD, mDX_RD, num_ctas, stream)
         offsets = None
         if const_expr(self.layer.rows_per_token is None):
             offsets = self.token_offsets(kept, tokens)
         mTokenRows_R = self.rows_of(kept, "token_rows", rows)
-        self.aggregate(mDX_RD, mTokenRows_R, offsets, None, mGate_TD, mDX_TD, stream)
+        self.aggregate(mDX_RD, mTokenRows_R, offsets, None, mDX_TD, mDX_TD, stream)
 
 
 class WeightGradients(Stage):
@@ -332,25 +357,21 @@ class WeightGradients(Stage):
 
     def __init__(self, layer: BlockLayer):
         super().__init__(layer)
-        halves = get_activation(layer.activation).halves
-        self.d_weight13 = GroupedGemmK(
-            pick_weights("d_weight13", d=layer.d, f=layer.f, halves=halves)
-        )
+        gemm = pick_weights("d_weight13", d=layer.d, f=layer.f, halves=halves_of(layer))
+        self.d_weight13 = GroupedGemmK(gemm)
 
     @cute.jit
     def __call__(
         self,
         mX_TD: cute.Tensor,
         mKept: cute.Tensor,
-        mDH_RHF: cute.Tensor,
         mDW1_EFD: cute.Tensor,
         mDW3_EFD: cute.Tensor | None,
+        rows: Int32,
         num_ctas: Int32,
         stream: CUstream,
     ):
-        rows = mDH_RHF.shape[0]
         kept = self.kept(mKept, mX_TD.shape[0], rows)
         mTokenIdx_R, mOffsets = self.rows_of(kept, "token_idx", rows), self.expert_offsets(kept)
-        self.d_weight13(
-            mX_TD, mTokenIdx_R, mOffsets, mDH_RHF, mDW1_EFD, mDW3_EFD, num_ctas, stream
-        )
+        mDH = self.h(kept, rows)
+        self.d_weight13(mX_TD, mTokenIdx_R, mOffsets, mDH, mDW1_EFD, mDW3_EFD, num_ctas, stream)

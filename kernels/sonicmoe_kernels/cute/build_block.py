@@ -12,8 +12,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from sonicmoe_kernels.activations import get_activation
-from sonicmoe_kernels.block_stages import BlockStage
+from sonicmoe_kernels.block_stages import BlockStage, halves_of
 from sonicmoe_kernels.cute import block
 from sonicmoe_kernels.cute.token_rounding import STOCHASTIC
 from sonicmoe_kernels.tiles import STATISTICS_CTAS, why_illegal_routing, why_illegal_topk
@@ -36,7 +35,7 @@ def dense(element: type, *shape: Any) -> cute.Tensor:
     return make_fake_tensor(element, shape, stride=tuple(strides), assumed_align=ALIGN)
 
 
-def given(extent: int) -> cute.Tensor:
+def given(extent: Any) -> cute.Tensor:
     """Numbers of a caller, of which nothing but the element's alignment is known."""
     return make_fake_tensor(Float32, (extent,), stride=(1,), assumed_align=4)
 
@@ -44,45 +43,32 @@ def given(extent: int) -> cute.Tensor:
 def arguments(spec: BlockStage) -> tuple:
     """Stand-ins for a stage's arguments, in the order of its call, without the stream."""
     layer, half = spec.layer, cutlass.BFloat16
-    E, d, f = layer.routing.num_experts, layer.d, layer.f
-    halves = get_activation(layer.activation).halves
-    tokens, rows, kept, scratch = (cute.sym_int() for _ in range(4))
-    x, y, h = dense(half, tokens, d), dense(half, rows, d), dense(half, rows, halves, f)
+    E, d, f, gated = layer.routing.num_experts, layer.d, layer.f, halves_of(layer) == 2
+    tokens, rows, experts = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    x, y = dense(half, tokens, d), dense(half, rows, d)
     w1, w2 = dense(half, E, f, d), dense(half, E, d, f)
-    w3 = dense(half, E, f, d) if halves == 2 else None
-    logits = dense(Float32, tokens, E)
-    words, other_words = dense(Int32, kept), dense(Int32, scratch)
-    ctas = Int32(0)
-    if spec.stage == "hidden":
-        bias = dense(Float32, E) if layer.routing.has_bias else None
-        uniform = given(E) if layer.rounding in STOCHASTIC else None
-        sums = (given(2), given(STATISTICS_CTAS), *(given(E) for _ in range(5)))
-        numbers = (Float32(1.0), Int32(0), Int32(0), Int32(0), ctas)
-        buffers = (words, other_words, h, y)
-        return x, logits, bias, uniform, w1, w3, w2, *buffers, *sums, *numbers
-    if spec.stage == "combine":
-        return y, words, x
-    experts = cute.sym_int()
-    if spec.stage == "hidden_gradient":
-        both = dense(half, tokens, 2 * E)
-        reads_logits = block.topk_gradient(layer).reads_logits
-        return (
-            x,
-            logits if reads_logits else None,
-            w2,
-            words,
-            other_words,
-            h,
-            h,
-            dense(half, experts, d, f),
-            both,
-            Float32(1.0),
-            ctas,
-        )
-    if spec.stage == "input_gradient":
-        return h, w1, w3, words, y, x, x, ctas
-    dw1 = dense(half, experts, f, d)
-    return x, words, h, dw1, dw1 if halves == 2 else None, ctas
+    dw1, dw2 = dense(half, experts, f, d), dense(half, experts, d, f)
+    gate, logits = dense(half, E, d), dense(Float32, tokens, E)
+    kept, scratch = dense(Int32, cute.sym_int64()), dense(Int32, cute.sym_int64())
+    number = Int32(0)
+    match spec.stage:
+        case "hidden":
+            bias = dense(Float32, E) if layer.routing.has_bias else None
+            uniform = given(E) if layer.rounding in STOCHASTIC else None
+            weights = (w1, w1 if gated else None, w2)
+            sums = (given(cute.sym_int()), given(STATISTICS_CTAS), *(given(E) for _ in range(5)))
+            numbers = (Float32(1.0), *(number for _ in range(4)))
+            return x, logits, bias, uniform, *weights, kept, scratch, y, *sums, *numbers
+        case "combine":
+            return y, kept, x
+        case "hidden_gradient":
+            read = logits if block.topk_gradient(layer).reads_logits else None
+            numbers = (number, Float32(1.0), number, number)
+            return x, x, read, gate, w2, kept, scratch, dw2, x, gate, *numbers
+        case "input_gradient":
+            return w1, w1 if gated else None, kept, y, x, number
+        case "weight_gradients":
+            return x, kept, dw1, dw1 if gated else None, number, number
 
 
 def build(spec: BlockStage) -> Any:

@@ -32,12 +32,18 @@ from sonicmoe_kernels.tiles import (
 
 
 class PlanGradients(NamedTuple):
-    """The gradients of the scores of a plan's rows, and whose scores they are."""
+    """The gradients of the scores of a plan's rows, and whose scores they are.
+
+    Written, for the gate's gradients seen as an expert's of 2T rows, a token's two halves each:
+    mGateRows the row's token, mGateSpans 0, T, 2T.
+    """
 
     mDScore_NR: cute.Tensor
     mSource_R: cute.Tensor
     mTokenRows_R: cute.Tensor
     mTokenOffsets: cute.Tensor
+    mGateRows: cute.Tensor
+    mGateSpans: cute.Tensor
 
 
 class TopKGradient:
@@ -163,6 +169,7 @@ class TopKGradient:
                 self.through_scores(rG, rX)
             if const_expr(spec.through_plan):
                 self.store_halves(rG, mDLogits_TE, 2 * start, lane)
+                self.store_gate_rows(plan, token, mDLogits_TE.shape[0], lane)
             else:
                 self.row.store(rG, mDLogits_TE, start, lane)
 
@@ -195,6 +202,13 @@ class TopKGradient:
         for i in cutlass.range_constexpr(self.per_lane):
             rG[i] = rG[i] - rG[i].to(mHalves.element_type).to(Float32)
         self.row.store(rG, mHalves, start + self.E, lane)
+
+    @cute.jit
+    def store_gate_rows(self, plan: PlanGradients, token: Int32, num_tokens: Int32, lane: Int32):
+        if lane < 2:
+            plan.mGateRows[2 * token + lane] = token
+        if token == 0 and lane < 3:
+            plan.mGateSpans[lane] = lane * num_tokens
 
     @cute.jit
     def own_part(self, sRow: cute.Tensor, lane: Int32):
