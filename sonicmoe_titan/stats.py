@@ -118,7 +118,7 @@ class RouterStats:
         return count_E.scatter_add_(0, ids_P, self.one.expand_as(ids_P))
 
     def add(self, **values: Tensor | float) -> None:
-        """Add to the named values; tensors are 0-d, on the device of `load_E`."""
+        """Add to named values other than sums; tensors are 0-d, on the device of `load_E`."""
         for name, value in values.items():
             self._values_V[self.NAMES.index(name)].add_(value)
 

@@ -58,6 +58,10 @@ REFUSAL = (
 )
 
 
+product = functools.partial(torch.mm, out_dtype=torch.float32)
+"""Of bf16 matrices, in float32."""
+
+
 class RouterSums(NamedTuple):
     """Where a forward pass adds its statistics, float32, in place.
 
@@ -190,7 +194,7 @@ class FusedBlock:
         x_TD = x_BLD.view(-1, layer.d)
         size = self._sizes[x_TD.shape[0]]
         assert size is not None
-        logits_TE = torch.mm(x_TD, gate_ED.t(), out_dtype=torch.float32)
+        logits_TE = product(x_TD, gate_ED.t())
         uniform_E = torch.rand(gate_ED.shape[0], device=device) if self.draws else None
         kept = empty(size.kept, dtype=torch.int32, device=device)
         scratch = empty(size.scratch, dtype=torch.int32, device=device)
@@ -270,7 +274,7 @@ def _gate_gradient(scratch: Tensor, x_TD: Tensor, dgate_ED: Tensor) -> None:
     """Writes the gate's gradient by cuBLAS, from the halves with which the buffer begins."""
     (T, _), E = x_TD.shape, dgate_ED.shape[0]
     halves_T2E = scratch[: T * E].view(torch.bfloat16).view(T, 2 * E)
-    dgate_2ED = torch.mm(halves_T2E.t(), x_TD, out_dtype=torch.float32)
+    dgate_2ED = product(halves_T2E.t(), x_TD)
     torch.add(*dgate_2ED.split(E), out=dgate_ED)
 
 
