@@ -105,7 +105,7 @@ def with_sources(plan: RoutingPlan, ids_TK: Tensor) -> hopper_routing.PlanTensor
 
 def hidden(
     layer: BlockLayer,
-    x_TD: Tensor,
+    x_BLD: Tensor,
     logits_TE: Tensor,
     bias_E: Tensor | None,
     uniform_E: Tensor | None,
@@ -118,7 +118,8 @@ def hidden(
     *rest: Any,
 ) -> None:
     sums, (scale, tile, sample_stride, counting, num_ctas) = rest[:7], rest[7:]
-    routing, tokens, rows = layer.routing, x_TD.shape[0], y_RD.shape[0]
+    x_TD, routing, rows = x_BLD.flatten(0, 1), layer.routing, y_RD.shape[0]
+    tokens = x_TD.shape[0]
     assert num_ctas == NUM_CTAS and (bias_E is not None) == routing.has_bias
     assert scratch.shape == (words(scratch_parts(layer, tokens, rows)),)
     topk = route_topk(
@@ -191,31 +192,34 @@ def count(
         sums.change_E.add_(rows_E - chosen_E)
 
 
-def combine(layer: BlockLayer, y_RD: Tensor, kept: Tensor, out_TD: Tensor) -> None:
-    parts = cut_kept(layer, kept, out_TD.shape[0], y_RD.shape[0])
-    rows_per_token = layer.rows_per_token
-    out_TD.copy_(
-        reference.aggregate(y_RD, plan_of(parts), weighted=True, rows_per_token=rows_per_token)
+def combine(layer: BlockLayer, y_RD: Tensor, kept: Tensor, out_BLD: Tensor) -> None:
+    parts = cut_kept(layer, kept, out_BLD.shape[:2].numel(), y_RD.shape[0])
+    out_TD = reference.aggregate(
+        y_RD, plan_of(parts), weighted=True, rows_per_token=layer.rows_per_token
     )
+    out_BLD.copy_(out_TD.view_as(out_BLD))
 
 
-def hidden_gradient(
+def input_gradient(
     layer: BlockLayer,
-    dout_TD: Tensor,
-    x_TD: Tensor,
+    dout_BLD: Tensor,
+    x_BLD: Tensor,
     logits_TE: Tensor | None,
     gate_ED: Tensor,
+    w1: Tensor,
+    w3: Tensor | None,
     w2: Tensor,
     kept: Tensor,
     scratch: Tensor,
     dw2: Tensor,
-    dx_TD: Tensor,
+    dx_BLD: Tensor,
     dgate_ED: Tensor,
     rows: int,
     scale: float,
     with_gate_weight: bool,
     num_ctas: int,
 ) -> None:
+    dout_TD, x_TD = dout_BLD.flatten(0, 1), x_BLD.flatten(0, 1)
     (tokens, _), E, K = x_TD.shape, gate_ED.shape[0], layer.routing.top_k
     parts = cut_kept(layer, kept, tokens, rows)
     other = cut(scratch, gradient_parts(layer, tokens, rows, SCORE_PARTS))
@@ -249,38 +253,24 @@ def hidden_gradient(
     halves_T2E[:, 0] = dlogits_TE
     halves_T2E[:, 1] = dlogits_TE - halves_T2E[:, 0].float()
     summed_TE = halves_T2E.double().sum(1)
-    dx_TD.copy_(summed_TE @ gate_ED.double())
     if with_gate_weight:
         dgate_ED.copy_(summed_TE.T @ x_TD.double())
-
-
-def input_gradient(
-    layer: BlockLayer,
-    w1: Tensor,
-    w3: Tensor | None,
-    kept: Tensor,
-    dx_RD: Tensor,
-    dx_TD: Tensor,
-    num_ctas: int,
-) -> None:
-    parts = cut_kept(layer, kept, dx_TD.shape[0], dx_RD.shape[0])
-    plan = plan_of(parts)
-    dx_RD.copy_(reference.d_input_rows(parts["h"], w1, w3, plan))
-    dx = reference.aggregate(
-        dx_RD.double(), plan, weighted=False, rows_per_token=layer.rows_per_token
-    )
-    dx_TD.copy_(dx + dx_TD)
+    dx_RD = reference.d_input_rows(dh_RHF, w1, w3, plan).double()
+    dx_TD = reference.aggregate(dx_RD, plan, weighted=False, rows_per_token=layer.rows_per_token)
+    share_TD = (summed_TE @ gate_ED.double()).bfloat16()
+    dx_BLD.copy_((dx_TD + share_TD).view_as(dx_BLD))
 
 
 def weight_gradients(
     layer: BlockLayer,
-    x_TD: Tensor,
+    x_BLD: Tensor,
     kept: Tensor,
     dw1: Tensor,
     dw3: Tensor | None,
     rows: int,
     num_ctas: int,
 ) -> None:
+    x_TD = x_BLD.flatten(0, 1)
     parts = cut_kept(layer, kept, x_TD.shape[0], rows)
     results = reference.d_weight13(parts["h"], x_TD, plan_of(parts))
     for out, result in zip((dw1, dw3), results, strict=False):
@@ -290,7 +280,6 @@ def weight_gradients(
 STAGES: dict[str, Callable[..., None]] = {
     "hidden": hidden,
     "combine": combine,
-    "hidden_gradient": hidden_gradient,
     "input_gradient": input_gradient,
     "weight_gradients": weight_gradients,
 }

@@ -109,7 +109,7 @@ class FusedBlock:
         self.layer, self.tile, self.route_scale, self.device = layer, tile, route_scale, device
         stages = [BlockStage(stage, layer) for stage in STAGES]
         make_ready(stages)
-        self.hidden, self.combine, self.hidden_gradient, self.input_gradient, self.weight_gradients = (
+        self.hidden, self.combine, self.input_gradient, self.weight_gradients = (
             kernel_cache.load(stage) for stage in stages
         )
         self.num_ctas = hopper._num_ctas(device.index)
@@ -200,7 +200,7 @@ class FusedBlock:
         scratch = empty(size.scratch, dtype=torch.int32, device=device)
         y_RD = empty((size.rows, layer.d), dtype=torch.bfloat16, device=device)
         self.hidden(
-            x_TD,
+            x_BLD,
             logits_TE,
             bias_E,
             uniform_E,
@@ -219,7 +219,7 @@ class FusedBlock:
         )
         del scratch  # before the output is made, as in hopper_experts
         out_BLD = torch.empty_like(x_BLD)
-        self.combine(y_RD, kept, out_BLD.view(-1, layer.d))
+        self.combine(y_RD, kept, out_BLD)
         return out_BLD, kept, logits_TE if self.reads_logits else None
 
     def backward(
@@ -234,24 +234,24 @@ class FusedBlock:
         logits_TE: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """Gradients of x, gate, w1, w3 and w2; dH takes the place of H in the kept buffer."""
-        empty, like, device, layer = torch.empty, torch.empty_like, self.device, self.layer
-        dout_TD, x_TD = dout_BLD.view(-1, layer.d), x_BLD.view(-1, layer.d)
-        size = self._sizes[x_TD.shape[0]]
+        like, num_tokens = torch.empty_like, x_BLD.shape[0] * x_BLD.shape[1]
+        size = self._sizes[num_tokens]
         assert size is not None
-        few = x_TD.shape[0] <= FEW_TOKENS
-        scratch = empty(size.gradient, dtype=torch.int32, device=device)
+        few = num_tokens <= FEW_TOKENS
+        scratch = torch.empty(size.gradient, dtype=torch.int32, device=self.device)
         dw2_EDF, dx_BLD, dgate_ED = like(w2_EDF), like(x_BLD), like(gate_ED)
-        dx_TD = dx_BLD.view(-1, layer.d)
-        self.hidden_gradient(
-            dout_TD,
-            x_TD,
+        self.input_gradient(
+            dout_BLD,
+            x_BLD,
             logits_TE,
             gate_ED,
+            w1_EFD,
+            w3_EFD,
             w2_EDF,
             kept,
             scratch,
             dw2_EDF,
-            dx_TD,
+            dx_BLD,
             dgate_ED,
             size.rows,
             self.route_scale,
@@ -259,14 +259,11 @@ class FusedBlock:
             self.num_ctas,
         )
         if not few:
-            _gate_gradient(scratch, x_TD, dgate_ED)
-        del scratch  # as the rest: each buffer is made late and dropped early
-        dx_RD = empty((size.rows, layer.d), dtype=torch.bfloat16, device=device)
-        self.input_gradient(w1_EFD, w3_EFD, kept, dx_RD, dx_TD, self.num_ctas)
-        del dx_RD
+            _gate_gradient(scratch, x_BLD.view(-1, self.layer.d), dgate_ED)
+        del scratch  # before the greatest gradients are made, as in hopper_experts
         dw1_EFD = like(w1_EFD)
         dw3_EFD = None if w3_EFD is None else like(w3_EFD)
-        self.weight_gradients(x_TD, kept, dw1_EFD, dw3_EFD, size.rows, self.num_ctas)
+        self.weight_gradients(x_BLD, kept, dw1_EFD, dw3_EFD, size.rows, self.num_ctas)
         return dx_BLD, dgate_ED, dw1_EFD, dw3_EFD, dw2_EDF
 
 

@@ -1,4 +1,4 @@
-"""The fused block's five stages: what each is compiled for, and where its buffers' parts lie.
+"""The fused block's four stages: what each is compiled for, and where its buffers' parts lie.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, R_max bound on
 routed rows, B blocks of 256 tokens.
@@ -28,7 +28,7 @@ __all__ = [
     "words",
 ]
 
-Stage = Literal["hidden", "combine", "hidden_gradient", "input_gradient", "weight_gradients"]
+Stage = Literal["hidden", "combine", "input_gradient", "weight_gradients"]
 PART_WORDS = 4  # parts begin at multiples of 16 bytes: what kernels load at once
 ID_WORDS = 2  # of an expert's number, int64
 HALVES_IN_WORD = 2  # bf16 numbers
@@ -81,21 +81,14 @@ class BlockStage:
                 return ("topk", *plan, "statistics", "up", "down")
             case "combine":
                 return ("aggregate",)
-            case "hidden_gradient":
-                return ("d_hidden", "d_weight2", "topk_backward", "d_input", "d_weight13")
             case "input_gradient":
-                return ("d_input", "aggregate")
+                gate = ("topk_backward", "d_input", "d_weight13")
+                return ("d_hidden", "d_weight2", *gate, "d_input", "aggregate")
             case "weight_gradients":
                 return ("d_weight13",)
 
 
-STAGES: tuple[Stage, ...] = (
-    "hidden",
-    "combine",
-    "hidden_gradient",
-    "input_gradient",
-    "weight_gradients",
-)
+STAGES: tuple[Stage, ...] = ("hidden", "combine", "input_gradient", "weight_gradients")
 
 
 def kept_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
@@ -125,7 +118,11 @@ def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
     E, K = layer.routing.num_experts, layer.routing.top_k
     columns = count_columns(E)
     blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
-    parts = {"bits": E * BLOCK_WORDS * blocks, "counts": columns * blocks, "a": a_words(layer, rows)}
+    parts = {
+        "bits": E * BLOCK_WORDS * blocks,
+        "counts": columns * blocks,
+        "a": layer.f // HALVES_IN_WORD * rows,
+    }
     if not layer.routing.over_chosen:
         parts["weights"] = K * tokens
     if layer.rounding is not None:
@@ -143,21 +140,17 @@ def gradient_parts(
 ) -> dict[str, Any]:
     """Words of each part of the buffer of the backward's first stage.
 
-    The logits' gradient in two bf16 halves (T, 2, E), first; A'; dS in parts; and the gate's
-    product seen as an expert's: the tokens of its 2T rows, and where these start and end.
+    The logits' gradient in two bf16 halves (T, 2, E), first; the gate's product seen as an
+    expert's: the tokens of its 2T rows, and where these start and end; dS in parts; and A', whose
+    place dX~ takes when it is no longer needed.
     """
     return {
         "halves": 2 * layer.routing.num_experts // HALVES_IN_WORD * tokens,
-        "a": a_words(layer, rows),
-        "dscore": score_parts * rows,
         "gate_rows": 2 * tokens,
         "gate_spans": GATE_SPANS,
+        "dscore": score_parts * rows,
+        "rows": max(layer.f, layer.d) // HALVES_IN_WORD * rows,
     }
-
-
-def a_words(layer: BlockLayer, rows: Any) -> Any:
-    """Of A (R_max, F)."""
-    return layer.f // HALVES_IN_WORD * rows
 
 
 def halves_of(layer: BlockLayer) -> int:

@@ -1,12 +1,12 @@
-"""The five stages of the fused MoE block: each launches several kernels, one after the other.
+"""The four stages of the fused MoE block: each launches several kernels, one after the other.
 
-Nothing is computed here that the kernels' own objects do not compute. What is saved is the host's
+Nothing is computed here that the kernels' own objects do not compute. What this saves is the host's
 time: one call from Python instead of one for each kernel, and no tensor object for what lies between
 two of them.
 
 Legend
-    T tokens, D model width, F expert width, E experts, K experts per token, R routed rows, R_max
-    their bound, B blocks of 256 tokens, S columns of a table of counts, N parts of a row's dS
+    B batch, L sequence, T = B * L tokens, D model width, F expert width, E experts, K experts per
+    token, R routed rows (bound R_max), N parts of a row's dS
     mKept, mScratch: buffers of 32-bit words; block_stages.py says what lies where
 """
 
@@ -96,6 +96,11 @@ class Stage:
             Aggregation(layer.d, "bfloat16", layer.rows_per_token, weighted, not weighted)
         )
 
+    def flat(self, mX_BLD: cute.Tensor) -> cute.Tensor:
+        """(B, L, D) as (T, D)."""
+        tokens, d = mX_BLD.shape[0] * mX_BLD.shape[1], self.layer.d
+        return cute.make_tensor(mX_BLD.iterator, cute.make_layout((tokens, d), stride=(d, 1)))
+
     def kept(self, mKept: cute.Tensor, tokens: Int32, rows: Int32) -> Buffer:
         return Buffer(mKept, kept_parts(self.layer, Int64(tokens), Int64(rows)))
 
@@ -134,7 +139,7 @@ class Hidden(Stage):
     @cute.jit
     def __call__(
         self,
-        mX_TD: cute.Tensor,
+        mX_BLD: cute.Tensor,
         mLogits_TE: cute.Tensor,
         mBias_E: cute.Tensor | None,
         mUniform_E: cute.Tensor | None,
@@ -158,7 +163,7 @@ class Hidden(Stage):
         num_ctas: Int32,
         stream: CUstream,
     ):
-        E, rounding = self.E, self.layer.rounding
+        E, rounding, mX_TD = self.E, self.layer.rounding, self.flat(mX_BLD)
         tokens, rows = mX_TD.shape[0], mY_RD.shape[0]
         kept = self.kept(mKept, tokens, rows)
         scratch = Buffer(mScratch, scratch_parts(self.layer, Int64(tokens), Int64(rows)))
@@ -224,8 +229,9 @@ class Combine(Stage):
 
     @cute.jit
     def __call__(
-        self, mY_RD: cute.Tensor, mKept: cute.Tensor, mOut_TD: cute.Tensor, stream: CUstream
+        self, mY_RD: cute.Tensor, mKept: cute.Tensor, mOut_BLD: cute.Tensor, stream: CUstream
     ):
+        mOut_TD = self.flat(mOut_BLD)
         tokens, rows = mOut_TD.shape[0], mY_RD.shape[0]
         kept = self.kept(mKept, tokens, rows)
         offsets = None
@@ -236,8 +242,8 @@ class Combine(Stage):
         self.aggregate(mY_RD, mTokenRows_R, offsets, mScore_R, None, mOut_TD, stream)
 
 
-class HiddenGradient(Stage):
-    """From the output's gradient to dH, which takes H's place, dW2 and the gate's gradients.
+class InputGradient(Stage):
+    """From the output's gradient to dX, dW2, the gate's gradient, and dH, which takes H's place.
 
     The gate is an expert of its own here. Its share of dX is that of an expert whose two weights
     are both the gate and whose dH are the two halves of the logits' gradient; its weight's gradient
@@ -252,19 +258,23 @@ class HiddenGradient(Stage):
         self.topk_gradient = TopKGradient(topk_gradient(layer))
         self.gate_input = instance_of(pick_rows("d_input", d=layer.d, f=self.E, num_experts=1))
         self.gate_weight = GroupedGemmK(pick_weights("d_weight13", d=layer.d, f=self.E))
+        self.d_input = instance_of(self.pick_rows("d_input"))
+        self.aggregate = self.aggregation(weighted=False)
 
     @cute.jit
     def __call__(
         self,
-        mDOut_TD: cute.Tensor,
-        mX_TD: cute.Tensor,
+        mDOut_BLD: cute.Tensor,
+        mX_BLD: cute.Tensor,
         mLogits_TE: cute.Tensor | None,
         mGate_ED: cute.Tensor,
+        mW1_EFD: cute.Tensor,
+        mW3_EFD: cute.Tensor | None,
         mW2_EDF: cute.Tensor,
         mKept: cute.Tensor,
         mScratch: cute.Tensor,
         mDW2_EDF: cute.Tensor,
-        mDX_TD: cute.Tensor,
+        mDX_BLD: cute.Tensor,
         mDGate_ED: cute.Tensor,
         rows: Int32,
         scale: Float32,
@@ -272,12 +282,14 @@ class HiddenGradient(Stage):
         num_ctas: Int32,
         stream: CUstream,
     ):
-        E, d, tokens, parts = self.E, self.layer.d, mX_TD.shape[0], self.d_hidden_gemm.n_tiles
+        E, d, parts = self.E, self.layer.d, self.d_hidden_gemm.n_tiles
+        mDOut_TD, mX_TD, mDX_TD = (self.flat(m) for m in (mDOut_BLD, mX_BLD, mDX_BLD))
+        tokens = mX_TD.shape[0]
         kept = self.kept(mKept, tokens, rows)
         scratch = Buffer(mScratch, gradient_parts(self.layer, Int64(tokens), Int64(rows), parts))
         mTokenIdx_R = self.rows_of(kept, "token_idx", rows)
         mOffsets, mH_RHF = self.expert_offsets(kept), self.h(kept, rows)
-        mA_RF = scratch.part("a", BFloat16, (rows, self.layer.f))
+        mA_RF = scratch.part("rows", BFloat16, (rows, self.layer.f))
         mDScore_NR = scratch.part("dscore", Float32, (parts, rows), (Int64(rows), 1))
         self.d_hidden(
             mDOut_TD,
@@ -320,36 +332,12 @@ class HiddenGradient(Stage):
         mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2, stride=2))
         if with_gate_weight != 0:
             self.gate_weight(mX_TD, mGateRows, mSpan, mHalves, mDGate, None, num_ctas, stream)
-
-
-class InputGradient(Stage):
-    """From dH to the input's gradient, which mDX_TD holds the gate's share of."""
-
-    def __init__(self, layer: BlockLayer):
-        super().__init__(layer)
-        self.d_input = instance_of(self.pick_rows("d_input"))
-        self.aggregate = self.aggregation(weighted=False)
-
-    @cute.jit
-    def __call__(
-        self,
-        mW1_EFD: cute.Tensor,
-        mW3_EFD: cute.Tensor | None,
-        mKept: cute.Tensor,
-        mDX_RD: cute.Tensor,
-        mDX_TD: cute.Tensor,
-        num_ctas: Int32,
-        stream: CUstream,
-    ):
-        tokens, rows = mDX_TD.shape[0], mDX_RD.shape[0]
-        kept = self.kept(mKept, tokens, rows)
-        mOffsets, mDH_RHF = self.expert_offsets(kept), self.h(kept, rows)
-        self.d_input(mDH_RHF, mOffsets, mW1_EFD, mW3_EFD, mDX_RD, num_ctas, stream)
+        mDX_RD = scratch.part("rows", BFloat16, (rows, d))
+        self.d_input(mH_RHF, mOffsets, mW1_EFD, mW3_EFD, mDX_RD, num_ctas, stream)
         offsets = None
         if const_expr(self.layer.rows_per_token is None):
-            offsets = self.token_offsets(kept, tokens)
-        mTokenRows_R = self.rows_of(kept, "token_rows", rows)
-        self.aggregate(mDX_RD, mTokenRows_R, offsets, None, mDX_TD, mDX_TD, stream)
+            offsets = plan.mTokenOffsets
+        self.aggregate(mDX_RD, plan.mTokenRows_R, offsets, None, mDX_TD, mDX_TD, stream)
 
 
 class WeightGradients(Stage):
@@ -363,7 +351,7 @@ class WeightGradients(Stage):
     @cute.jit
     def __call__(
         self,
-        mX_TD: cute.Tensor,
+        mX_BLD: cute.Tensor,
         mKept: cute.Tensor,
         mDW1_EFD: cute.Tensor,
         mDW3_EFD: cute.Tensor | None,
@@ -371,6 +359,7 @@ class WeightGradients(Stage):
         num_ctas: Int32,
         stream: CUstream,
     ):
+        mX_TD = self.flat(mX_BLD)
         kept = self.kept(mKept, mX_TD.shape[0], rows)
         mTokenIdx_R, mOffsets = self.rows_of(kept, "token_idx", rows), self.expert_offsets(kept)
         mDH = self.h(kept, rows)

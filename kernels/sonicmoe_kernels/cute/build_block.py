@@ -1,7 +1,7 @@
 """Compiles the stages of the fused block: their classes and the tensors they are called with.
 
-Legend: T tokens, D model width, F expert width, E experts, K experts per token, R_max bound on
-routed rows, halves 2 when gated. T and R_max are symbols: nothing is compiled for them.
+Legend: B batch, L sequence, T = B * L tokens, D model width, F expert width, E experts, R_max
+bound on routed rows. B, L, T and R_max are symbols: nothing is compiled for them.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,6 @@ ALIGN = 16  # bytes, of every tensor: what TMA and the widest loads need
 CLASSES: dict[str, Callable[..., Any]] = {
     "hidden": block.Hidden,
     "combine": block.Combine,
-    "hidden_gradient": block.HiddenGradient,
     "input_gradient": block.InputGradient,
     "weight_gradients": block.WeightGradients,
 }
@@ -44,9 +43,10 @@ def arguments(spec: BlockStage) -> tuple:
     """Stand-ins for a stage's arguments, in the order of its call, without the stream."""
     layer, half = spec.layer, cutlass.BFloat16
     E, d, f, gated = layer.routing.num_experts, layer.d, layer.f, halves_of(layer) == 2
-    tokens, rows, experts = cute.sym_int(), cute.sym_int(), cute.sym_int()
-    x, y = dense(half, tokens, d), dense(half, rows, d)
+    batch, length, tokens, rows, experts = (cute.sym_int() for _ in range(5))
+    x, y = dense(half, batch, length, d), dense(half, rows, d)
     w1, w2 = dense(half, E, f, d), dense(half, E, d, f)
+    w3 = w1 if gated else None
     dw1, dw2 = dense(half, experts, f, d), dense(half, experts, d, f)
     gate, logits = dense(half, E, d), dense(Float32, tokens, E)
     kept, scratch = dense(Int32, cute.sym_int64()), dense(Int32, cute.sym_int64())
@@ -55,18 +55,15 @@ def arguments(spec: BlockStage) -> tuple:
         case "hidden":
             bias = dense(Float32, E) if layer.routing.has_bias else None
             uniform = given(E) if layer.rounding in STOCHASTIC else None
-            weights = (w1, w1 if gated else None, w2)
             sums = (given(cute.sym_int()), given(STATISTICS_CTAS), *(given(E) for _ in range(5)))
             numbers = (Float32(1.0), *(number for _ in range(4)))
-            return x, logits, bias, uniform, *weights, kept, scratch, y, *sums, *numbers
+            return x, logits, bias, uniform, w1, w3, w2, kept, scratch, y, *sums, *numbers
         case "combine":
             return y, kept, x
-        case "hidden_gradient":
-            read = logits if block.topk_gradient(layer).reads_logits else None
-            numbers = (number, Float32(1.0), number, number)
-            return x, x, read, gate, w2, kept, scratch, dw2, x, gate, *numbers
         case "input_gradient":
-            return w1, w1 if gated else None, kept, y, x, number
+            read = logits if block.topk_gradient(layer).reads_logits else None
+            outputs, numbers = (dw2, x, gate), (number, Float32(1.0), number, number)
+            return x, x, read, gate, w1, w3, w2, kept, scratch, *outputs, *numbers
         case "weight_gradients":
             return x, kept, dw1, dw1 if gated else None, number, number
 
