@@ -11,15 +11,11 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sonicmoe_kernels.backends import (
-    HOPPER_MULTIPLE,
-    resolve_backend,
-    resolve_topk_backend,
-)
+from sonicmoe_kernels.backends import resolve_backend, resolve_topk_backend
 from sonicmoe_kernels.block import ALIGN, FusedBlock, fused_block
-from sonicmoe_kernels.block_stages import BlockLayer
+from sonicmoe_kernels.block_stages import BlockLayer, why_illegal_block
 from sonicmoe_kernels.thin_autograd import somebody_watches
-from sonicmoe_kernels.tiles import TopKOptions, why_illegal_routing
+from sonicmoe_kernels.tiles import TopKOptions
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -47,7 +43,8 @@ def routed_output(
     if torch.is_autocast_enabled("cuda"):
         return None
     # not by attribute: nn.Module looks those up in Python, 0.4 us each
-    router, experts = moe._modules["router"], moe._modules["routed_experts"]
+    modules: dict[str, Any] = moe._modules
+    router, experts = modules["router"], modules["routed_experts"]
     gate, weights = router._modules["gate"], experts._modules["inner_experts"]
     if not _are_untouched((router, gate, experts, weights), kinds):
         return None
@@ -55,7 +52,7 @@ def routed_output(
         return None
     gate_ED, parameters = gate._parameters["weight"], weights._parameters
     w1, w3, w2 = parameters["w1_EFD"], parameters["w3_EFD"], parameters["w2_EDF"]
-    bias_E, choices_E = moe.expert_bias_E, moe._buffers["tokens_per_expert_E"]
+    bias_E, choices_E = moe.expert_bias_E, moe.tokens_per_expert_E
     halves = (x_BLD, gate_ED, w1, w3, w2)
     if not _are_plain(halves, torch.bfloat16) or not _are_plain((choices_E,), torch.float32):
         return None
@@ -110,7 +107,7 @@ def _are_plain(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
 def _block_for(
     router: Any, experts: Any, x_BLD: Tensor, w1_EFD: Tensor, *, training: bool, has_bias: bool
 ) -> FusedBlock | None:
-    """The operator of a layer that is set up like this one, or None where the kernels have limits."""
+    """The operator of layers that are set up like this one, or None where kernels have limits."""
     config, device = experts.config, x_BLD.device
     if x_BLD.ndim != 3 or x_BLD.shape[2] != w1_EFD.shape[2]:
         return None  # the modules say what is wrong
@@ -153,18 +150,16 @@ def _block(
     tile: int,
 ) -> FusedBlock | None:
     num_experts, f, d = shape
+    routing = TopKOptions(
+        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
+    )
+    layer = BlockLayer(routing, rounding, d, f)
     after_sigmoid = score_func == "sigmoid" and softmax_order == "after"
-    if after_sigmoid or not route_scale > 0 or why_illegal_routing(num_experts, top_k):
+    if after_sigmoid or not route_scale > 0 or why_illegal_block(layer) is not None:
         return None
-    if num_experts % HOPPER_MULTIPLE:
-        return None  # in backward the gate is an expert of this width
     if resolve_backend(experts_backend, device, torch.bfloat16, d, f) != "hopper":
         return None
     routes = resolve_topk_backend(router_backend, device, torch.float32, num_experts, top_k)
     if routes != "hopper":
         return None
-    routing = TopKOptions(
-        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
-    )
-    layer = BlockLayer(routing, rounding, d, f)
     return fused_block(layer, tile=tile, route_scale=route_scale, device=device)

@@ -21,6 +21,7 @@ from sonicmoe_titan.float32_product import float32_product
 from sonicmoe_titan.model_args import Backend
 from sonicmoe_titan.stats import RouterStats, first_pass
 
+
 class Float32Gate(Linear):
     """A linear layer that multiplies in float32 whatever its input's dtype."""
 

@@ -60,18 +60,21 @@ class RouterStats:
         self.load_E, self._tiles_E, self._added_E, self._change_E = (
             zeros(self.num_experts) for _ in range(4)
         )
+        self._sums: RouterSums | None = None
 
     def sums(self, choices_E: Tensor) -> RouterSums:
-        """What the fused block adds to by itself; `choices_E` (E,) counts tokens before rounding."""
-        return RouterSums(
-            self._values_V,
-            self._entropy_P,
-            self.load_E,
-            self._tiles_E,
-            self._added_E,
-            self._change_E,
-            choices_E,
-        )
+        """What the fused block adds to by itself; `choices_E` counts tokens before rounding."""
+        if self._sums is None or self._sums.choices_E is not choices_E:
+            self._sums = RouterSums(
+                self._values_V,
+                self._entropy_P,
+                self.load_E,
+                self._tiles_E,
+                self._added_E,
+                self._change_E,
+                choices_E,
+            )
+        return self._sums
 
     @property
     def values_V(self) -> Tensor:
@@ -128,7 +131,8 @@ class RouterStats:
 
     def reset(self) -> None:
         """Set every sum to zero, in place."""
-        for sums in self.sums(self.load_E)[:-1]:
+        each = (self._values_V, self._entropy_P, self.load_E)
+        for sums in (*each, self._tiles_E, self._added_E, self._change_E):
             sums.zero_()
 
 

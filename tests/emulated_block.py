@@ -62,8 +62,7 @@ def cut(buffer: Tensor, parts: dict[str, int]) -> dict[str, Tensor]:
     assert buffer.shape == (words(parts),) and buffer.dtype == torch.int32
     pieces = buffer.split([whole(part) for part in parts.values()])
     return {
-        name: piece[:length]
-        for (name, length), piece in zip(parts.items(), pieces, strict=True)
+        name: piece[:length] for (name, length), piece in zip(parts.items(), pieces, strict=True)
     }
 
 
@@ -150,7 +149,9 @@ def hidden(
     if counting:
         chosen_E = torch.bincount(topk.ids_TK.flatten(), minlength=routing.num_experts)
         first_pass = counting == 2
-        count(layer, logits_TE, plan.expert_offsets.diff(), chosen_E, sums, sample_stride, first_pass)
+        count(
+            layer, logits_TE, plan.expert_offsets.diff(), chosen_E, sums, sample_stride, first_pass
+        )
     h_RHF = reference.up(x_TD, w1, w3, plan_of(parts))
     a_RF = reference.activate(h_RHF, activation=layer.activation).to(x_TD.dtype)
     parts["h"].copy_(h_RHF)

@@ -18,7 +18,6 @@ dispatcher, no tracing and no second derivative.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -288,9 +287,12 @@ class _Block(torch.autograd.Function):
         counting: Counting,
         bias_E: Tensor | None,
         x_BLD: Tensor,
-        *weights: Tensor | None,
+        *weights: Any,
     ) -> Tensor:
-        out_BLD, *kept = block.forward(x_BLD, *weights, bias_E, sums, counting)
+        gate_ED, w1_EFD, w3_EFD, w2_EDF = weights
+        out_BLD, *kept = block.forward(
+            x_BLD, gate_ED, w1_EFD, w3_EFD, w2_EDF, bias_E, sums, counting
+        )
         ctx.block = block
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x_BLD, *weights, *kept)

@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sonicmoe_kernels.activations import get_activation
-from sonicmoe_kernels.tiles import BLOCK_WORDS, TOKEN_BLOCK, TopKOptions, count_columns
+from sonicmoe_kernels.tiles import (
+    BLOCK_WORDS,
+    TILE_K,
+    TOKEN_BLOCK,
+    TopKOptions,
+    count_columns,
+    why_illegal_routing,
+    why_illegal_topk,
+)
 
 __all__ = [
     "STAGES",
@@ -25,6 +33,7 @@ __all__ = [
     "gradient_parts",
     "kept_parts",
     "scratch_parts",
+    "why_illegal_block",
     "words",
 ]
 
@@ -91,6 +100,17 @@ class BlockStage:
 STAGES: tuple[Stage, ...] = ("hidden", "combine", "input_gradient", "weight_gradients")
 
 
+def why_illegal_block(layer: BlockLayer) -> str | None:
+    """None if the block can be fused for this layer, or the reason."""
+    E, K = layer.routing.num_experts, layer.routing.top_k
+    if reason := why_illegal_topk(layer.routing) or why_illegal_routing(E, K):
+        return reason
+    if layer.d % TILE_K or layer.f % TILE_K or E % TILE_K:
+        sizes = f"D={layer.d}, F={layer.f} and E={E}"
+        return f"{sizes} must be multiples of {TILE_K} (in backward the gate is an E wide expert)"
+    return None
+
+
 def kept_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
     """Words of each part of the buffer kept for backward, in their order: H, plan and choice.
 
@@ -135,9 +155,7 @@ def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
     return parts
 
 
-def gradient_parts(
-    layer: BlockLayer, tokens: Any, rows: Any, score_parts: int
-) -> dict[str, Any]:
+def gradient_parts(layer: BlockLayer, tokens: Any, rows: Any, score_parts: int) -> dict[str, Any]:
     """Words of each part of the buffer of the backward's first stage.
 
     The logits' gradient in two bf16 halves (T, 2, E), first; the gate's product seen as an

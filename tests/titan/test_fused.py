@@ -6,7 +6,6 @@ The stages are played by torch on the CPU; tests/gpu/test_fused.py compares the 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,58 +13,30 @@ import pytest
 import torch
 from sonicmoe_kernels import block as fused_kernels
 from sonicmoe_kernels.block_stages import STAGES
-from sonicmoe_kernels.rounding import ROUNDINGS
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torchtitan.config import derive
-from torchtitan.models.common.config_utils import make_ffn_config
 
 from sonicmoe_titan import fused, moe
-from sonicmoe_titan.conversion import to_sonic
 from sonicmoe_titan.moe import SonicMoE
 from tests import emulated_block
 from tests.saved_bytes import saved_bytes
-from tests.titan import moe_blocks
-
-B, L, D, F, E, K = 2, 48, 64, 64, 64, 4
-TILE = 8
-VARIANTS: dict[str, dict[str, Any]] = {
-    "renormalised": {"score_func": "softmax", "route_norm": True},
-    "scaled": {"score_func": "softmax", "route_norm": False, "route_scale": 2.5},
-    "softmax after": {"score_func": "softmax", "softmax_order": "after"},
-    "sigmoid, bias": {"score_func": "sigmoid", "route_norm": True, "bias": True},
-    "shared experts": {"score_func": "softmax", "route_norm": True, "shared": True},
-}
-
-
-def build(variant: str = "renormalised", **options: Any) -> SonicMoE:
-    """A block in bf16 by modules, on the torch backend."""
-    given = dict(VARIANTS[variant])
-    order = given.pop("softmax_order", "before")
-    shared, bias = given.pop("shared", False), given.pop("bias", False)
-    config = moe_blocks.stock_config("qwen3", sizes=(D, F, E, K), router=given)
-    if shared:
-        normal = {"w1_param_init": nn.init.normal_, "w2w3_param_init": nn.init.normal_}
-        config.shared_experts = make_ffn_config(dim=D, hidden_dim=F, **normal)
-    config = derive(config, type(config), load_balance_coeff=1e-3 if bias else None)
-    if options.get("router") == "token_rounding":
-        options = {"rounding_tile": TILE} | options
-    built = to_sonic(config, backend="torch", softmax_order=order, **options).build()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in built.parameters():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
-    built.to(torch.bfloat16)
-    built._init_self_buffers(buffer_device=torch.device("cpu"))
-    if built.expert_bias_E is not None:
-        built.expert_bias_E.uniform_(-0.3, 0.3, generator=generator)
-    return built
-
-
-def tokens(*shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(shape or (B, L, D), generator=generator).bfloat16().requires_grad_()
+from tests.titan.fused_blocks import (
+    ROUTERS,
+    TILE,
+    VARIANTS,
+    B,
+    E,
+    F,
+    K,
+    L,
+    assert_alike,
+    build,
+    by_modules,
+    run,
+    tokens,
+)
 
 
 @pytest.fixture
@@ -82,48 +53,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, tuple]]]:
 
 def _are_of(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
     return all(type(t) in (Tensor, nn.Parameter) and t.dtype is dtype for t in tensors)
-
-
-def by_modules(module: SonicMoE) -> SonicMoE:
-    """A copy that never is fused: a hook on its router forbids it."""
-    other = copy.deepcopy(module)
-    other.router.register_forward_hook(lambda *_: None)
-    return other
-
-
-def run(module: SonicMoE, x_BLD: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and everything counted of two passes."""
-    found: dict[str, Tensor] = {}
-    for turn in range(2):
-        torch.manual_seed(turn)
-        out_BLD = module(x_BLD)
-        wanted = [t for t in (x_BLD, *module.parameters()) if t.requires_grad]
-        dout_BLD = torch.randn(out_BLD.shape, generator=torch.Generator().manual_seed(2))
-        gradients = torch.autograd.grad(out_BLD, wanted, dout_BLD.bfloat16())
-        names = ["x", *(name for name, _ in module.named_parameters())]
-        found |= {"out": out_BLD.detach()} | dict(zip(names, gradients, strict=True))
-    found["choices"], found["load"] = module.tokens_per_expert_E, module.stats.load_E
-    return found | dict(zip(module.stats.NAMES, module.stats.values_V, strict=True))
-
-
-# Summed in another order or rounded less often: one unit of bf16 in each of x's two summands, which
-# may be larger than their sum.
-SUMMED_ONCE = ("x", "router.gate.weight", "entropy")
-UNIT = 2**-8
-
-
-def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        bound = {"rtol": 0.0, "atol": 0.0}
-        if name in SUMMED_ONCE:
-            bound = {"rtol": 2 * UNIT, "atol": 4 * UNIT * float(value.abs().mean())}
-        torch.testing.assert_close(value, other[name], **bound, msg=lambda m, n=name: f"{n}: {m}")
-
-
-ROUTERS = {"topk": {}} | {
-    rounding: {"router": "token_rounding", "rounding": rounding} for rounding in ROUNDINGS
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

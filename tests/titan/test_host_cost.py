@@ -16,7 +16,13 @@ from tests import dry_gpu
 SCRIPT = Path(__file__).parents[2] / "scripts" / "host_cost.py"
 
 EXPERTS = {"forward": 3, "backward": 5}
-BLOCK = EXPERTS | {"gate": 1, "topk": 1, "plan": 2, "statistics": 1, "gradients of topk and gate": 3}
+BLOCK = EXPERTS | {
+    "gate": 1,
+    "topk": 1,
+    "plan": 2,
+    "statistics": 1,
+    "gradients of topk and gate": 3,
+}
 LAUNCHES = {"experts": EXPERTS, "topk": BLOCK, "nearest": BLOCK | {"token_rounding": 1}}
 # Python functions and built-ins called; a little above what torch 2.14 takes.
 CALLS = {"experts": 165, "topk": 105, "nearest": 105}

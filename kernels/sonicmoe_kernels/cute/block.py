@@ -1,8 +1,8 @@
 """The four stages of the fused MoE block: each launches several kernels, one after the other.
 
 Nothing is computed here that the kernels' own objects do not compute. What this saves is the host's
-time: one call from Python instead of one for each kernel, and no tensor object for what lies between
-two of them.
+time: one call from Python instead of one for each kernel, and no tensor object for what lies
+between two of them.
 
 Legend
     B batch, L sequence, T = B * L tokens, D model width, F expert width, E experts, K experts per

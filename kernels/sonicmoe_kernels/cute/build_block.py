@@ -12,10 +12,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from sonicmoe_kernels.block_stages import BlockStage, halves_of
+from sonicmoe_kernels.block_stages import BlockStage, halves_of, why_illegal_block
 from sonicmoe_kernels.cute import block
 from sonicmoe_kernels.cute.token_rounding import STOCHASTIC
-from sonicmoe_kernels.tiles import STATISTICS_CTAS, why_illegal_routing, why_illegal_topk
+from sonicmoe_kernels.tiles import STATISTICS_CTAS
 
 ALIGN = 16  # bytes, of every tensor: what TMA and the widest loads need
 CLASSES: dict[str, Callable[..., Any]] = {
@@ -74,8 +74,7 @@ def build(spec: BlockStage) -> Any:
     Raises:
         ValueError: E, K, D or F is outside of what the kernels serve.
     """
-    routing = spec.layer.routing
-    reason = why_illegal_topk(routing) or why_illegal_routing(routing.num_experts, routing.top_k)
+    reason = why_illegal_block(spec.layer)
     if reason is not None:
         raise ValueError(f"{spec.kernel}: {reason}")
     stage = CLASSES[spec.stage](spec.layer)

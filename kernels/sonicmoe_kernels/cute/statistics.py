@@ -22,8 +22,17 @@ WARPS = 8
 THREADS = WARPS * WARP
 
 
+@cute.jit
+def nats_of(probability: Float32) -> Float32:
+    """- p ln p, 0 where p is 0."""
+    nats = Float32(0.0)
+    if probability != 0.0:
+        nats = -probability * cute.math.log(probability)
+    return nats
+
+
 class Sums(NamedTuple):
-    """Running sums of float32; `router_sums.RouterSums` says what each one is."""
+    """Running sums of float32; `block.RouterSums` of the host says what each one is."""
 
     mPasses: cute.Tensor
     mEntropy_P: cute.Tensor
@@ -74,9 +83,7 @@ class Statistics:
     ):
         thread = cute.arch.thread_idx()[0]
         block = cute.arch.block_idx()[0]
-        sNats = cutlass.memory.SmemAllocator().allocate_tensor(
-            Float32, cute.make_layout(WARPS), 16
-        )
+        sNats = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(WARPS), 16)
         expert = block * THREADS + thread
         if expert < self.E:
             self.count(expert, mExpertOffsets, mChosen_E, sums, first_pass)
@@ -85,9 +92,7 @@ class Statistics:
             samples = (num_tokens + stride - 1) // stride
             warp = cute.arch.make_warp_uniform(thread // WARP)
             nats = Float32(0.0)
-            for sample in cutlass.range(
-                block * WARPS + warp, samples, STATISTICS_CTAS * WARPS
-            ):
+            for sample in cutlass.range(block * WARPS + warp, samples, STATISTICS_CTAS * WARPS):
                 nats += self.entropy(mLogits_TE, Int64(sample) * stride, thread % WARP)
             if thread % WARP == 0:
                 sNats[warp] = nats
@@ -140,7 +145,5 @@ class Statistics:
             inverse = cute.arch.rcp_approx(cute.arch.warp_reduction_sum(total))
         nats = Float32(0.0)
         for i in cutlass.range_constexpr(self.per_lane):
-            probability = rX[i] * inverse
-            if probability != 0.0:
-                nats -= probability * cute.math.log(probability)
+            nats += nats_of(rX[i] * inverse)
         return cute.arch.warp_reduction_sum(nats)

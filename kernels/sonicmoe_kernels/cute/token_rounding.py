@@ -142,8 +142,7 @@ class TokenRounding:
         f = self.sum_blocks(mChosen, expert, sScratch)
         addable = self.sum_blocks(mAddable, expert, sScratch)
         if const_expr(mBefore_E is not None):
-            if cute.arch.thread_idx()[0] == 0:
-                mBefore_E[expert] = f
+            self.store_once(mBefore_E, expert, f)
         over = f % tile
         down = f - over
         go_up = Boolean(False)
@@ -168,6 +167,11 @@ class TokenRounding:
                 count = tile - over
             best = self.find_best(row, not go_up, count, sHistogram, sScratch, sFound)
             self.update(row, not go_up, best, mChosen, sScratch)
+
+    @cute.jit
+    def store_once(self, mValue_E: cute.Tensor, expert: Int32, value: Int32):
+        if cute.arch.thread_idx()[0] == 0:
+            mValue_E[expert] = value
 
     @cute.jit
     def sum_blocks(self, mCounts: cute.Tensor, expert: Int32, sScratch: cute.Tensor) -> Int32:

@@ -31,6 +31,23 @@ from sonicmoe_kernels.tiles import (
 )
 
 
+@cute.jit
+def place_of(
+    source: Int32,
+    token: Int32,
+    num_experts: cutlass.Constexpr,
+    top_k: cutlass.Constexpr,
+    chosen: cutlass.Constexpr,
+) -> Int32:
+    """Where a token's row in shared memory has the gradient of a score: by expert, or by choice
+    from `chosen` on.
+    """
+    place = -1 - source - token * num_experts
+    if source >= 0:
+        place = chosen + source - token * top_k
+    return place
+
+
 class PlanGradients(NamedTuple):
     """The gradients of the scores of a plan's rows, and whose scores they are.
 
@@ -187,10 +204,7 @@ class TopKGradient:
             gradient = plan.mDScore_NR[0, row]
             for part in cutlass.range_constexpr(1, plan.mDScore_NR.shape[0]):
                 gradient += plan.mDScore_NR[part, row]
-            source = plan.mSource_R[row]
-            place = -1 - source - token * self.E  # of a score that its token did not choose
-            if source >= 0:
-                place = self.row_size + source - token * self.K
+            place = place_of(plan.mSource_R[row], token, self.E, self.K, self.row_size)
             sRow[place] = gradient
             at += WARP
         cute.arch.sync_warp()
