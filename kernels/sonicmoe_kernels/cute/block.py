@@ -189,9 +189,8 @@ class Hidden(Stage):
         if const_expr(rounding == "balance"):
             self.balance(mCounts, mAddable, mGoUp_E, tile, stream)
         if const_expr(rounding is not None):
-            self.token_rounding(
-                mKeys, mBits, mCounts, mAddable, mUniform_E, mGoUp_E, tile, stream, mBefore_E
-            )
+            tables = (mKeys, mBits, mCounts, mAddable)
+            self.token_rounding.launch(*tables, mUniform_E, mGoUp_E, mBefore_E, tile, stream)
         mTokenIdx_R = self.rows_of(kept, "token_idx", rows)
         mOffsets = self.expert_offsets(kept)
         self.plan_rows(
@@ -320,8 +319,8 @@ class InputGradient(Stage):
             mWeights_TK = self.chosen(kept, "weights", tokens, Float32)
         mIds_TK = self.chosen(kept, "ids", tokens, Int64)
         mHalves = scratch.part("halves", BFloat16, (tokens, 2 * E))
-        self.topk_gradient(
-            None, None, mIds_TK, mWeights_TK, mLogits_TE, mHalves, scale, stream, plan
+        self.topk_gradient.launch(
+            None, None, plan, mIds_TK, mWeights_TK, mLogits_TE, mHalves, scale, stream
         )
         one = cute.make_layout((1, E, d), stride=(E * d, d, 1))
         mGate, mDGate = (cute.make_tensor(m.iterator, one) for m in (mGate_ED, mDGate_ED))

@@ -101,8 +101,12 @@ class TokenRounding:
         mGoUp_E: cute.Tensor | None,
         tile: Int32,
         stream: CUstream,
-        mBefore_E: cute.Tensor | None = None,
     ):
+        self.launch(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, None, tile, stream)
+
+    def launch(self, mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, mBefore_E, tile, stream):
+        """mBefore_E, where given, gets every expert's f."""
+
         @cute.struct
         class Storage:
             histogram: cute.struct.MemRange[Int32, BINS]
@@ -111,7 +115,7 @@ class TokenRounding:
             sums: cute.struct.MemRange[Float64, WARPS]
 
         self.Storage = Storage
-        self.kernel(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, tile, mBefore_E).launch(
+        self.kernel(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, mBefore_E, tile).launch(
             grid=[mBits.shape[1], 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -124,8 +128,8 @@ class TokenRounding:
         mAddable: cute.Tensor,
         mUniform_E: cute.Tensor | None,
         mGoUp_E: cute.Tensor | None,
-        tile: Int32,
         mBefore_E: cute.Tensor | None,
+        tile: Int32,
     ):
         expert = cute.arch.block_idx()[0]
         warp = cute.arch.warp_idx()

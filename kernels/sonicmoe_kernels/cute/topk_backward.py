@@ -100,11 +100,26 @@ class TopKGradient:
         mDLogits_TE: cute.Tensor,
         scale: Float32,
         stream: CUstream,
-        plan: PlanGradients | None = None,
     ):
+        gradients = (mDWeights_TK, mDScores_TE, None)
+        self.launch(*gradients, mIds_TK, mWeights_TK, mLogits_TE, mDLogits_TE, scale, stream)
+
+    def launch(
+        self,
+        mDWeights_TK,
+        mDScores_TE,
+        plan,
+        mIds_TK,
+        mWeights_TK,
+        mLogits_TE,
+        mDLogits_TE,
+        scale,
+        stream,
+    ):
+        """plan: a PlanGradients in place of the first two, with `through_plan`."""
         blocks = cute.ceil_div(mDLogits_TE.shape[0], self.warps)
         self.kernel(
-            mDWeights_TK, mDScores_TE, mIds_TK, mWeights_TK, mLogits_TE, mDLogits_TE, scale, plan
+            mDWeights_TK, mDScores_TE, plan, mIds_TK, mWeights_TK, mLogits_TE, mDLogits_TE, scale
         ).launch(
             grid=[cutlass.max(blocks, 1), 1, 1], block=[self.warps * WARP, 1, 1], stream=stream
         )
@@ -114,12 +129,12 @@ class TopKGradient:
         self,
         mDWeights_TK: cute.Tensor | None,
         mDScores_TE: cute.Tensor | None,
+        plan: PlanGradients | None,
         mIds_TK: cute.Tensor | None,
         mWeights_TK: cute.Tensor | None,
         mLogits_TE: cute.Tensor | None,
         mDLogits_TE: cute.Tensor,
         scale: Float32,
-        plan: PlanGradients | None,
     ):
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
