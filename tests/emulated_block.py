@@ -26,7 +26,7 @@ from sonicmoe_kernels.block_stages import (
     words,
 )
 from sonicmoe_kernels.plan import RoutingPlan
-from sonicmoe_kernels.rounding import token_rounding_plan
+from sonicmoe_kernels.rounding import STOCHASTIC, token_rounding_plan
 from sonicmoe_kernels.routing import route_topk
 from sonicmoe_kernels.tiles import NO_SOURCE, TILE_M, TopKBackward
 from torch import Tensor
@@ -120,6 +120,7 @@ def hidden(
     x_TD, routing, rows = x_BLD.flatten(0, 1), layer.routing, y_RD.shape[0]
     tokens = x_TD.shape[0]
     assert num_ctas == NUM_CTAS and (bias_E is not None) == routing.has_bias
+    assert (uniform_E is not None) == (layer.rounding in STOCHASTIC)
     assert scratch.shape == (words(scratch_parts(layer, tokens, rows)),)
     topk = route_topk(
         logits_TE,
