@@ -28,8 +28,9 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
 from sonicmoe_titan.expert_parallel import Experts, expert_parallel
+from sonicmoe_titan.fused import routed_output
 from sonicmoe_titan.model_args import Backend, Rounding, Router
-from sonicmoe_titan.router import SonicRouter
+from sonicmoe_titan.router import Float32Gate, SonicRouter
 from sonicmoe_titan.stats import RouterStats, first_pass
 
 FIXED_TOP_K_DISPATCHERS = (
@@ -203,6 +204,10 @@ def _with_scores_input(config: ShardingConfig) -> ShardingConfig:
     )
 
 
+FUSED_KINDS = (SonicRouter, Float32Gate, SonicRoutedExperts, SonicGroupedExperts)
+"""The modules for which one operator may stand in, see `fused`."""
+
+
 class SonicMoE(MoE):
     """TorchTitan's MoE block (same parameter names) around `SonicRoutedExperts`."""
 
@@ -221,9 +226,11 @@ class SonicMoE(MoE):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D): routed experts plus the shared experts if there are any."""
-        scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
-        count_E = self._count(ids_BLK, scores_BLE)
-        out_BLD = self.routed_experts(x_BLD, scores_BLK, ids_BLK, count_E, scores_BLE)
+        out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS)
+        if out_BLD is None:
+            scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
+            count_E = self._count(ids_BLK, scores_BLE)
+            out_BLD = self.routed_experts(x_BLD, scores_BLK, ids_BLK, count_E, scores_BLE)
         if self.shared_experts is None:
             return out_BLD
         return out_BLD + self.shared_experts(x_BLD)

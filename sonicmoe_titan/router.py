@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from sonicmoe_kernels.block import ENTROPY_SAMPLE
 from sonicmoe_kernels.routing import RENORMALIZE_EPS, TopK, route_topk
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -19,9 +20,6 @@ from sonicmoe_titan.aux_loss import attach_loss, load_balancing_loss, z_loss
 from sonicmoe_titan.float32_product import float32_product
 from sonicmoe_titan.model_args import Backend
 from sonicmoe_titan.stats import RouterStats, first_pass
-
-ENTROPY_SAMPLE = 1024
-"""Tokens per forward pass, about, from which the entropy is estimated."""
 
 
 class Float32Gate(Linear):
@@ -191,7 +189,7 @@ class SonicRouter(TokenChoiceTopKRouter):
             probability_SE = sample_SE.softmax(dim=-1)
         # not special.entr: CUDA compiles that one at run time
         minus_nats = torch.xlogy(probability_SE, probability_SE).sum()
-        self.stats.add_multiple("entropy", minus_nats, -T / sample_SE.shape[0])
+        self.stats.add_entropy(minus_nats, -T / sample_SE.shape[0])
 
     def parallelize(self, parallel_dims: Any) -> None:
         """Shard the gate as stock does and find the ranks that the losses average over."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sonicmoe_kernels.backends import HOPPER_MULTIPLE, resolve_backend
 from sonicmoe_kernels.compile import KernelSpec
-from sonicmoe_kernels.kernel_lists import plan_specs, specs, topk_specs
+from sonicmoe_kernels.kernel_lists import block_specs, plan_specs, specs, topk_specs
 from sonicmoe_kernels.parallel_build import make_ready
 
 from sonicmoe_titan.model_args import ModelArgs
@@ -53,21 +53,31 @@ def run_specs(config: SonicTrainer.Config) -> list[KernelSpec]:
     """
     model, (width, experts) = config.model, local_sizes(config)
     wanted = specs(d=model.dim, f=width, num_experts=experts, top_k=model.top_k, dtype="bfloat16")
+    routing: dict[str, Any] = {"num_experts": model.num_experts, "top_k": model.top_k}
+    rounding = model.rounding if model.router == "token_rounding" else None
+    scoring: dict[str, Any] = {
+        "score_func": model.score_func,
+        "softmax_order": model.softmax_order,
+        "renormalize": model.renormalize,
+        "has_bias": model.load_balance_coeff is not None,
+    }
     if model.num_expert_groups is None:  # else torch routes
-        wanted += topk_specs(
-            num_experts=model.num_experts,
-            top_k=model.top_k,
-            score_func=model.score_func,
-            softmax_order=model.softmax_order,
-            renormalize=model.renormalize,
-            has_bias=model.load_balance_coeff is not None,
-        )
-    wanted += plan_specs(
-        num_experts=model.num_experts,
-        top_k=model.top_k,
-        rounding=model.rounding if model.router == "token_rounding" else None,
-    )
+        wanted += topk_specs(**routing, **scoring)
+    wanted += plan_specs(**routing, rounding=rounding)
+    if _fuses_blocks(config):
+        wanted += block_specs(d=model.dim, f=width, **routing, **scoring, rounding=rounding)
     return wanted
+
+
+def _fuses_blocks(config: SonicTrainer.Config) -> bool:
+    """Whether eager blocks of this run may be one operator, see `fused`."""
+    model, p = config.model, config.parallelism
+    if config.compile.enable and "model" in config.compile.components:
+        return False
+    if p.expert_parallel_degree > 1 or p.tensor_parallel_degree > 1:
+        return False
+    losses = model.aux_loss_coeff > 0 or model.z_loss_coeff > 0
+    return not losses and model.num_expert_groups is None
 
 
 def local_sizes(config: SonicTrainer.Config) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
+from sonicmoe_kernels.block import RouterSums
+from sonicmoe_kernels.tiles import STATISTICS_CTAS
 from torch import Tensor, nn
 
 KERNEL_TILE_ROWS = 128
@@ -20,7 +22,7 @@ class RouterStats:
     adding to them at every replay. They are no module buffers, so neither checkpoints nor sharding
     see them. Training only, and recomputation adds nothing. Sums over one process; consumers add
     over ranks and divide by "microbatches" or "tokens". A forward pass launches as little as it
-    can: sums over experts wait until somebody reads `values_V`.
+    can: sums over experts, and over the parts of the entropy, wait until somebody reads `values_V`.
 
     Of the names: "rows_computed" counts whole GEMM tiles where the experts run; "rows_added" and
     "rows_dropped" are token rounding's; "entropy" is in nats, summed over tokens, estimated from a
@@ -54,10 +56,25 @@ class RouterStats:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.zero, self.one = zeros(), zeros() + 1
-        self._values_V = zeros(len(self.NAMES))
+        self._values_V, self._entropy_P = zeros(len(self.NAMES)), zeros(STATISTICS_CTAS)
         self.load_E, self._tiles_E, self._added_E, self._change_E = (
             zeros(self.num_experts) for _ in range(4)
         )
+        self._sums: RouterSums | None = None
+
+    def sums(self, choices_E: Tensor) -> RouterSums:
+        """What the fused block adds to by itself; `choices_E` counts tokens before rounding."""
+        if self._sums is None or self._sums.choices_E is not choices_E:
+            self._sums = RouterSums(
+                self._values_V,
+                self._entropy_P,
+                self.load_E,
+                self._tiles_E,
+                self._added_E,
+                self._change_E,
+                choices_E,
+            )
+        return self._sums
 
     @property
     def values_V(self) -> Tensor:
@@ -67,6 +84,7 @@ class RouterStats:
             "rows_computed": self._tiles_E * KERNEL_TILE_ROWS,
             "rows_added": self._added_E,
             "rows_dropped": self._added_E - self._change_E,
+            "entropy": self._entropy_P,
         }
         for name, sum_E in sums.items():
             self._values_V[self.NAMES.index(name)] = sum_E.sum()
@@ -103,17 +121,18 @@ class RouterStats:
         return count_E.scatter_add_(0, ids_P, self.one.expand_as(ids_P))
 
     def add(self, **values: Tensor | float) -> None:
-        """Add to the named values; tensors are 0-d, on the device of `load_E`."""
+        """Add to named values other than sums; tensors are 0-d, on the device of `load_E`."""
         for name, value in values.items():
             self._values_V[self.NAMES.index(name)].add_(value)
 
-    def add_multiple(self, name: str, value: Tensor, factor: float) -> None:
-        """Add `factor` times a 0-d tensor to the named value, in one launch."""
-        self._values_V[self.NAMES.index(name)].add_(value, alpha=factor)
+    def add_entropy(self, value: Tensor, factor: float) -> None:
+        """Add `factor` times a 0-d tensor, in one launch."""
+        self._entropy_P[0].add_(value, alpha=factor)
 
     def reset(self) -> None:
         """Set every sum to zero, in place."""
-        for sums in (self._values_V, self.load_E, self._tiles_E, self._added_E, self._change_E):
+        each = (self._values_V, self._entropy_P, self.load_E)
+        for sums in (*each, self._tiles_E, self._added_E, self._change_E):
             sums.zero_()
 
 

@@ -30,7 +30,7 @@ def emulate(patch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
 
         def launch(*arguments: Any) -> None:
             launches.append(("topk_backward", arguments))
-            _backward(spec, *arguments)
+            backward(spec, *arguments)
 
         return spec, launch
 
@@ -70,7 +70,7 @@ def _forward(
         scores_TE.copy_(topk.scores_TE)
 
 
-def _backward(
+def backward(
     spec: TopKBackward,
     dweights_TK: Tensor | None,
     dscores_TE: Tensor | None,

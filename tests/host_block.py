@@ -27,15 +27,14 @@ class Subject(Protocol):
 
 
 class HostExperts:
-    """`moe_experts` with a given plan, one after the other, on the same weights."""
+    """`moe_experts` with a given plan, one after the other, each with its weights."""
 
     def __init__(self, *, count: int = 1) -> None:
-        self.count = count
-        shapes = ((T, D), (E, F, D), (E, F, D), (E, D, F))
-        self.x_TD, *self.weights = (
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
-            for shape in shapes
-        )
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+        self.x_TD = draw(T, D)
+        self.layers = [(draw(E, F, D), draw(E, F, D), draw(E, D, F)) for _ in range(count)]
         self.dout_TD = torch.randn_like(self.x_TD)
         # any routing will do: token t on experts t, t + 1, ...
         ids_TK = (torch.arange(T)[:, None] + torch.arange(K)) % E
@@ -48,12 +47,13 @@ class HostExperts:
 
     def forward(self) -> Tensor:
         out_TD = self.x_TD
-        for _ in range(self.count):
-            out_TD = moe_experts(out_TD, *self.weights, self.plan, backend="hopper")
+        for weights in self.layers:
+            out_TD = moe_experts(out_TD, *weights, self.plan, backend="hopper")
         return out_TD
 
     def backward(self, out: Tensor) -> None:
-        wanted = [self.x_TD, *self.weights, self.plan.score_R]
+        weights = (weight for layer in self.layers for weight in layer)
+        wanted = [self.x_TD, *weights, self.plan.score_R]
         torch.autograd.grad(out, wanted, self.dout_TD)
 
 

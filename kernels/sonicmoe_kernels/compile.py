@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sonicmoe_kernels import store
+from sonicmoe_kernels.block_stages import BlockStage
 from sonicmoe_kernels.store import CACHE_VARIABLE, cache_dir
 from sonicmoe_kernels.tiles import (
     Aggregation,
@@ -72,7 +73,9 @@ _compiler = threading.Lock()  # MLIR is not thread-safe
 
 
 # Frozen dataclasses of plain values; each names its `kernel` and the `builder` that compiles it.
-KernelSpec = RowGemm | WeightGemm | Aggregation | TopKForward | TopKBackward | RoutingKernel
+KernelSpec = (
+    RowGemm | WeightGemm | Aggregation | TopKForward | TopKBackward | RoutingKernel | BlockStage
+)
 
 
 class Built(NamedTuple):

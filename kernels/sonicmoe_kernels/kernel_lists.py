@@ -9,6 +9,7 @@ import dataclasses
 from typing import Literal
 
 from sonicmoe_kernels.activations import get_activation
+from sonicmoe_kernels.block_stages import STAGES, BlockLayer, BlockStage, why_illegal_block
 from sonicmoe_kernels.compile import KernelSpec
 from sonicmoe_kernels.tiles import (
     ROW_TILES,
@@ -25,7 +26,7 @@ from sonicmoe_kernels.tiles import (
     why_illegal_topk,
 )
 
-__all__ = ["experts_specs", "plan_specs", "specs", "topk_kernels", "topk_specs"]
+__all__ = ["block_specs", "experts_specs", "plan_specs", "specs", "topk_kernels", "topk_specs"]
 
 Dtype = Literal["bfloat16", "float16"]
 
@@ -122,3 +123,28 @@ def plan_specs(*, num_experts: int, top_k: int, rounding: str | None = None) -> 
         return []
     wanted = dict.fromkeys((None, rounding))
     return [spec for r in wanted for spec in routing_kernels(num_experts, top_k, rounding=r)]
+
+
+def block_specs(
+    *,
+    d: int,
+    f: int,
+    num_experts: int,
+    top_k: int,
+    score_func: ScoreFunction = "softmax",
+    softmax_order: SoftmaxOrder = "before",
+    renormalize: bool = True,
+    has_bias: bool = False,
+    rounding: str | None = None,
+) -> list[KernelSpec]:
+    """The stages of the fused block: of token choice and, if given, of one rounding.
+
+    None where the block is not fused: it runs by modules then.
+    """
+    routing = TopKOptions(
+        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
+    )
+    layers = [BlockLayer(routing, wanted, d, f) for wanted in dict.fromkeys((None, rounding))]
+    if why_illegal_block(layers[0]) is not None:
+        return []
+    return [BlockStage(stage, layer) for layer in layers for stage in STAGES]

@@ -54,7 +54,7 @@ class ThinOp:
 
     def __call__(self, *inputs: Any) -> Any:
         """The operator, with its gradient."""
-        if _somebody_watches():
+        if somebody_watches():
             return self.op(*inputs)
         for value in inputs:
             kind = type(value)
@@ -78,7 +78,7 @@ class ThinOp:
         return self.below_autograd(keys, *inputs)
 
 
-def _somebody_watches() -> bool:
+def somebody_watches() -> bool:
     """Whether a tracer, a mode or a function transform wants to see the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True

@@ -474,6 +474,7 @@ TOPK_MAX_CHOSEN = 32  # lane k of a warp weighs the k-th chosen expert
 TOPK_WARPS = 8  # of one block, a token each
 TOPK_SHARED_MEMORY = 48 * 1024  # what a block may use without asking for more
 WARP = 32
+STATISTICS_CTAS = 64  # of the statistics kernel: 512 warps for about 1024 sampled tokens
 # Keeps a token whose chosen sigmoids all underflow finite; vanishes beside any other sum.
 RENORMALIZE_EPS = 1e-20
 
@@ -540,13 +541,18 @@ class TopKForward(TopKOptions):
 
 @dataclass(frozen=True)
 class TopKBackward(TopKOptions):
-    """dlogits from the gradients of the K weights, of all scores, or of both."""
+    """dlogits from the gradients of the K weights, of all scores, or of both.
+
+    through_plan: these gradients are those of the plan's rows, and dlogits leave as two bf16
+    halves.
+    """
 
     builder: ClassVar[str] = "sonicmoe_kernels.cute.build_topk:build_backward"
     kernel: ClassVar[str] = "topk_backward"
 
     d_weights: bool = True
     d_all: bool = True
+    through_plan: bool = False
 
     @property
     def reads_logits(self) -> bool:

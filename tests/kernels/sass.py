@@ -20,7 +20,7 @@ INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 
 @dataclass(frozen=True)
 class Sass:
-    """One kernel's resources and instructions, in order of address."""
+    """A kernel's resources and instructions, in order of address; of several, all of them."""
 
     stack_bytes: int
     instructions: list[str]
@@ -61,7 +61,7 @@ def read_sass(object_file: Path, scratch: Path) -> Sass:
             command, capture_output=True, text=True, check=True, env=environment
         ).stdout
 
-    stack = re.search(r"STACK:(\d+)", dump("-res-usage"))
-    assert stack is not None
+    stacks = [int(found) for found in re.findall(r"STACK:(\d+)", dump("-res-usage"))]
+    assert stacks
     lines = (INSTRUCTION.match(line) for line in dump("-sass").splitlines())
-    return Sass(int(stack[1]), [match[2] for match in lines if match])
+    return Sass(max(stacks), [match[2] for match in lines if match])

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.emulated_block import with_sources
 from tests.kernels.fake_cuda import fake_cuda
 from tests.kernels.sass import read_sass, tools_folder
 from tests.saved_bytes import saved_bytes
@@ -279,26 +280,6 @@ def routing(T: int = 40, E: int = 6, K: int = 2, seed: int = 0) -> tuple[Tensor,
     scores_TE = torch.rand(T, E, generator=generator)
     scores_TK, ids_TK = scores_TE.topk(K, dim=1)
     return ids_TK, scores_TK.clone().requires_grad_(), scores_TE.requires_grad_()
-
-
-def with_sources(plan: RoutingPlan, ids_TK: Tensor) -> hopper_routing.PlanTensors:
-    """The plan as the kernels return it: a source for every row."""
-    (_, K), E = ids_TK.shape, plan.num_experts
-    row_R = torch.arange(plan.r_max)
-    expert_R = torch.searchsorted(plan.expert_offsets[1:], row_R, right=True).clamp(max=E - 1)
-    token_R = plan.token_idx_R.long()
-    is_choice_RK = ids_TK[token_R] == expert_R.unsqueeze(1)
-    choice_R = token_R * K + is_choice_RK.int().argmax(1)
-    source_R = torch.where(is_choice_RK.any(1), choice_R, -1 - (token_R * E + expert_R))
-    source_R = torch.where(row_R < plan.expert_offsets[-1], source_R, NO_SOURCE).int()
-    return hopper_routing.PlanTensors(
-        plan.token_idx_R,
-        plan.score_R,
-        plan.expert_offsets,
-        plan.token_offsets,
-        plan.token_rows_R,
-        source_R,
-    )
 
 
 @pytest.fixture

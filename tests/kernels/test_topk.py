@@ -172,6 +172,14 @@ def test_a_right_call_is_stopped_by_the_missing_gpu_alone():
         call(FULL)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would launch on memory that is not there")
+def test_a_right_call_of_the_backward_is_stopped_by_the_missing_gpu_alone():
+    chosen, every = fake_cuda(4, 8, dtype=torch.float32), fake_cuda(4, 128, dtype=torch.float32)
+    ids = fake_cuda(4, 8, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="cuda"):
+        kernel_cache.load(SPARSE_GRADIENT)(chosen, None, ids, chosen, None, every, 1.0)
+
+
 def test_they_also_compile_for_blackwell():
     program = (
         "from sonicmoe_kernels import compile as c;"

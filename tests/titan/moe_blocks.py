@@ -31,8 +31,18 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def stock_config(style: str, *, comm_backend: str = "standard") -> MoE.Config:
-    """A stock block; deepseek_v3's has shared experts, groups and the aux-free bias."""
+def stock_config(
+    style: str,
+    *,
+    comm_backend: str = "standard",
+    sizes: tuple[int, int, int, int] = (D, F, E, K),
+    router: dict[str, Any] | None = None,
+) -> MoE.Config:
+    """A stock block; deepseek_v3's has shared experts, groups and the aux-free bias.
+
+    sizes: D, F, E and K. router: its options, those of the style if None.
+    """
+    D, F, E, K = sizes
     deepseek = style == "deepseek_v3"
     shared = make_ffn_config(dim=D, hidden_dim=F, w1_param_init=_NORMAL, w2w3_param_init=_NORMAL)
     return make_moe_config(
@@ -40,7 +50,7 @@ def stock_config(style: str, *, comm_backend: str = "standard") -> MoE.Config:
         load_balance_coeff=1e-3 if deepseek else None,
         shared_experts=shared if deepseek else None,
         router=make_router_config(
-            dim=D, num_experts=E, gate_param_init=_NORMAL, top_k=K, **STYLES[style]
+            dim=D, num_experts=E, gate_param_init=_NORMAL, top_k=K, **(router or STYLES[style])
         ),
         routed_experts=make_routed_experts_config(
             dim=D,

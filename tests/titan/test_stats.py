@@ -36,12 +36,14 @@ def test_rows_and_tiles_are_counted_per_expert():
 def test_tensors_stay_where_they_are_while_sums_grow_and_reset():
     stats = RouterStats(2)
     values, load = stats.values_V, stats.load_E
-    stats.add(tokens=3, entropy=torch.tensor(1.5))
+    stats.add(tokens=3, aux_loss=torch.tensor(1.5))
+    stats.add_entropy(torch.tensor(2.0), 3)
     stats.add_rows(torch.tensor([1, 1]))
-    assert values.sum() > 0 and load.sum() == 2
+    assert values[stats.NAMES.index("aux_loss")] == 1.5 and load.sum() == 2
+    assert stats.values_V[stats.NAMES.index("entropy")] == 6
     stats.reset()
     assert stats.values_V is values and stats.load_E is load
-    assert values.sum() == 0 and load.sum() == 0
+    assert stats.values_V.sum() == 0 and load.sum() == 0
 
 
 def test_layers_are_collected_in_order_with_all_tokens(one):

@@ -82,8 +82,9 @@ class TokenRounding:
     """One CTA for each expert; a warp looks at whole blocks of tokens, lane i at token i of a word.
 
     Reads 4T bytes of keys about six times (the first time from L2, then mostly from L1) and T/8 of
-    bits, writes the bits and 4B of counts of an expert that changes, in place. Atomics count in
-    shared memory only, in integers. Sums of scores are taken in float64 in a fixed order.
+    bits, writes the bits and 4B of counts of an expert that changes, in place, and f where somebody
+    asks for it. Atomics count in shared memory only, in integers. Sums of scores are taken in
+    float64 in a fixed order.
     """
 
     def __init__(self, spec: RoutingKernel):
@@ -101,6 +102,11 @@ class TokenRounding:
         tile: Int32,
         stream: CUstream,
     ):
+        self.launch(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, None, tile, stream)
+
+    def launch(self, mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, mBefore_E, tile, stream):
+        """mBefore_E, where given, gets every expert's f."""
+
         @cute.struct
         class Storage:
             histogram: cute.struct.MemRange[Int32, BINS]
@@ -109,7 +115,7 @@ class TokenRounding:
             sums: cute.struct.MemRange[Float64, WARPS]
 
         self.Storage = Storage
-        self.kernel(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, tile).launch(
+        self.kernel(mKeys, mBits, mChosen, mAddable, mUniform_E, mGoUp_E, mBefore_E, tile).launch(
             grid=[mBits.shape[1], 1, 1], block=[THREADS, 1, 1], stream=stream
         )
 
@@ -122,6 +128,7 @@ class TokenRounding:
         mAddable: cute.Tensor,
         mUniform_E: cute.Tensor | None,
         mGoUp_E: cute.Tensor | None,
+        mBefore_E: cute.Tensor | None,
         tile: Int32,
     ):
         expert = cute.arch.block_idx()[0]
@@ -138,6 +145,8 @@ class TokenRounding:
 
         f = self.sum_blocks(mChosen, expert, sScratch)
         addable = self.sum_blocks(mAddable, expert, sScratch)
+        if const_expr(mBefore_E is not None):
+            self.store_once(mBefore_E, expert, f)
         over = f % tile
         down = f - over
         go_up = Boolean(False)
@@ -162,6 +171,11 @@ class TokenRounding:
                 count = tile - over
             best = self.find_best(row, not go_up, count, sHistogram, sScratch, sFound)
             self.update(row, not go_up, best, mChosen, sScratch)
+
+    @cute.jit
+    def store_once(self, mValue_E: cute.Tensor, expert: Int32, value: Int32):
+        if cute.arch.thread_idx()[0] == 0:
+            mValue_E[expert] = value
 
     @cute.jit
     def sum_blocks(self, mCounts: cute.Tensor, expert: Int32, sScratch: cute.Tensor) -> Int32:
