@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from sonicmoe_kernels.block import ENTROPY_SAMPLE
+from sonicmoe_kernels.router_sums import ENTROPY_SAMPLE
 from sonicmoe_kernels.routing import RENORMALIZE_EPS, TopK, route_topk
 from torch import Tensor
 from torch.distributed.tensor import DTensor

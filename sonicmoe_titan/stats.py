@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
-from sonicmoe_kernels.block import RouterSums
+from sonicmoe_kernels.router_sums import RouterSums
 from sonicmoe_kernels.tiles import STATISTICS_CTAS
 from torch import Tensor, nn
 

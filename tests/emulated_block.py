@@ -27,6 +27,7 @@ from sonicmoe_kernels.block_stages import (
 )
 from sonicmoe_kernels.plan import RoutingPlan
 from sonicmoe_kernels.rounding import STOCHASTIC, token_rounding_plan
+from sonicmoe_kernels.router_sums import RouterSums
 from sonicmoe_kernels.routing import route_topk
 from sonicmoe_kernels.tiles import NO_SOURCE, TILE_M, TopKBackward
 from torch import Tensor
@@ -174,7 +175,7 @@ def count(
     first_pass: bool,
 ) -> None:
     """Adds a pass to the statistics."""
-    sums = block.RouterSums(*sums)
+    sums = RouterSums(*sums)
     sums.choices_E.add_(chosen_E)
     if not first_pass:
         return

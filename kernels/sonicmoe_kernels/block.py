@@ -18,7 +18,7 @@ dispatcher, no tracing and no second derivative.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,17 +36,12 @@ from sonicmoe_kernels.block_stages import (
 )
 from sonicmoe_kernels.parallel_build import make_ready
 from sonicmoe_kernels.rounding import STOCHASTIC, rounding_r_max
+from sonicmoe_kernels.router_sums import ENTROPY_SAMPLE, Counting, RouterSums
 from sonicmoe_kernels.tiles import MAX_PAIRS, MAX_ROUTED_TOKENS, pick_rows
 
-__all__ = ["ALIGN", "ENTROPY_SAMPLE", "Counting", "FusedBlock", "RouterSums", "fused_block"]
+__all__ = ["ALIGN", "FEW_TOKENS", "FusedBlock", "fused_block"]
 
 ALIGN = 16  # bytes; every tensor given here begins at a multiple, as TMA and wide loads need
-ENTROPY_SAMPLE = 1024
-"""Tokens per forward pass, about, from which the entropy is estimated."""
-
-Counting = Literal[0, 1, 2]
-"""What a forward pass adds to the statistics: nothing, its choices, or everything."""
-
 FEW_TOKENS = 2048
 """Up to so many the gate's gradient is a kernel of ours: a CTA for each 128 of D, which takes
 2T / 64 turns; beyond, cuBLAS splits the sum over T and is faster than we save in host time."""
@@ -59,23 +54,6 @@ REFUSAL = (
 
 product = functools.partial(torch.mm, out_dtype=torch.float32)
 """Of bf16 matrices, in float32."""
-
-
-class RouterSums(NamedTuple):
-    """Where a forward pass adds its statistics, float32, in place.
-
-    passes: at least 2, the number of passes and that of tokens. entropy_P: nats, summed over
-    tokens. Of each expert: load_E rows, tiles_E whole GEMM tiles of them, added_E rows that token
-    rounding added, change_E those less what it dropped, choices_E tokens before rounding.
-    """
-
-    passes: Tensor
-    entropy_P: Tensor
-    load_E: Tensor
-    tiles_E: Tensor
-    added_E: Tensor
-    change_E: Tensor
-    choices_E: Tensor
 
 
 class Sizes(NamedTuple):
@@ -198,24 +176,9 @@ class FusedBlock:
         kept = empty(size.kept, dtype=torch.int32, device=device)
         scratch = empty(size.scratch, dtype=torch.int32, device=device)
         y_RD = empty((size.rows, layer.d), dtype=torch.bfloat16, device=device)
-        self.hidden(
-            x_BLD,
-            logits_TE,
-            bias_E,
-            uniform_E,
-            w1_EFD,
-            w3_EFD,
-            w2_EDF,
-            kept,
-            scratch,
-            y_RD,
-            *sums,
-            self.route_scale,
-            self.tile,
-            size.sample_stride,
-            counting,
-            self.num_ctas,
-        )
+        inputs, buffers = (logits_TE, bias_E, uniform_E), (kept, scratch, y_RD)
+        numbers = (self.route_scale, self.tile, size.sample_stride, counting, self.num_ctas)
+        self.hidden(x_BLD, *inputs, w1_EFD, w3_EFD, w2_EDF, *buffers, *sums, *numbers)
         del scratch  # before the output is made, as in hopper_experts
         out_BLD = torch.empty_like(x_BLD)
         self.combine(y_RD, kept, out_BLD)
@@ -239,24 +202,9 @@ class FusedBlock:
         few = num_tokens <= FEW_TOKENS
         scratch = torch.empty(size.gradient, dtype=torch.int32, device=self.device)
         dw2_EDF, dx_BLD, dgate_ED = like(w2_EDF), like(x_BLD), like(gate_ED)
-        self.input_gradient(
-            dout_BLD,
-            x_BLD,
-            logits_TE,
-            gate_ED,
-            w1_EFD,
-            w3_EFD,
-            w2_EDF,
-            kept,
-            scratch,
-            dw2_EDF,
-            dx_BLD,
-            dgate_ED,
-            size.rows,
-            self.route_scale,
-            few,
-            self.num_ctas,
-        )
+        weights, outputs = (gate_ED, w1_EFD, w3_EFD, w2_EDF), (dw2_EDF, dx_BLD, dgate_ED)
+        numbers = (size.rows, self.route_scale, few, self.num_ctas)
+        self.input_gradient(dout_BLD, x_BLD, logits_TE, *weights, kept, scratch, *outputs, *numbers)
         if not few:
             _gate_gradient(scratch, x_BLD.view(-1, self.layer.d), dgate_ED)
         del scratch  # before the greatest gradients are made, as in hopper_experts

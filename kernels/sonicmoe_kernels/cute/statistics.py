@@ -32,7 +32,7 @@ def nats_of(probability: Float32) -> Float32:
 
 
 class Sums(NamedTuple):
-    """Running sums of float32; `block.RouterSums` of the host says what each one is."""
+    """Running sums of float32; `router_sums.RouterSums` says what each one is."""
 
     mPasses: cute.Tensor
     mEntropy_P: cute.Tensor
