@@ -37,6 +37,7 @@ def to_sonic(
     z_loss_coeff: float = 0.0,
     backend: Backend = "auto",
     redispatch_x: bool = False,
+    fused_block: bool = False,
 ) -> SonicMoE.Config:
     """The SonicMoE block that computes what a stock MoE block does, with the same parameters.
 
@@ -48,6 +49,7 @@ def to_sonic(
         aux_loss_coeff, z_loss_coeff: load-balancing loss and router z-loss; 0 is off.
         backend: "auto", "hopper" or "torch".
         redispatch_x: under expert parallelism send x again in backward instead of saving it.
+        fused_block: eager, run the block as one operator where `fused` can.
 
     Raises:
         ValueError: an option that is not accepted; a part of the block is a class whose behaviour
@@ -62,6 +64,7 @@ def to_sonic(
     return derive(
         moe_cfg,
         SonicMoE.Config,
+        fused_block=fused_block,
         router=derive(
             moe_cfg.router,
             SonicRouter.Config,

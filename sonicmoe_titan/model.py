@@ -165,6 +165,7 @@ def _moe_config(args: ModelArgs) -> MoE.Config:
         z_loss_coeff=args.z_loss_coeff,
         backend=args.backend,
         redispatch_x=args.redispatch_x,
+        fused_block=args.fused_block,
     )
 
 

@@ -83,6 +83,8 @@ class ModelArgs:
     """Kernels of router and experts: hopper (ours) or torch; auto picks one and says why."""
     redispatch_x: bool = False
     """Under expert parallelism save only the local input and send it again in backward."""
+    fused_block: bool = False
+    """Run eager blocks as one operator where possible (docs/host_cost.md): for few tokens."""
 
     @property
     def kv_heads(self) -> int:
@@ -193,6 +195,7 @@ _NOT_IN_STOCK = {
     "z_loss_coeff": 0.0,
     "backend": "auto",
     "redispatch_x": False,
+    "fused_block": False,
 }
 _NOT_NEGATIVE = ("shared_expert_dim", "aux_loss_coeff", "z_loss_coeff")
 assert {*_POSITIVE, *_NOT_NEGATIVE} <= {field.name for field in dataclasses.fields(ModelArgs)}

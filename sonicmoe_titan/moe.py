@@ -213,20 +213,23 @@ class SonicMoE(MoE):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MoE.Config):
-        pass
+        fused_block: bool = False
 
     router: SonicRouter
     routed_experts: SonicRoutedExperts
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.fused_block = config.fused_block
         self.stats = RouterStats(config.num_experts)
         self.router.stats = self.stats
         self.routed_experts.stats = self.stats
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D): routed experts plus the shared experts if there are any."""
-        out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS)
+        out_BLD = None
+        if self.fused_block:
+            out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS)
         if out_BLD is None:
             scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
             count_E = self._count(ids_BLK, scores_BLE)

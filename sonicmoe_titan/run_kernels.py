@@ -72,6 +72,8 @@ def run_specs(config: SonicTrainer.Config) -> list[KernelSpec]:
 def _fuses_blocks(config: SonicTrainer.Config) -> bool:
     """Whether eager blocks of this run may be one operator, see `fused`."""
     model, p = config.model, config.parallelism
+    if not model.fused_block:
+        return False
     if config.compile.enable and "model" in config.compile.components:
         return False
     if p.expert_parallel_degree > 1 or p.tensor_parallel_degree > 1:

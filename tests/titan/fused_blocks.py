@@ -52,7 +52,8 @@ def build(
     config = derive(config, type(config), load_balance_coeff=1e-3 if bias else None)
     if options.get("router") == "token_rounding":
         options = {"rounding_tile": TILE} | options
-    built = to_sonic(config, backend=backend, softmax_order=order, **options).build()
+    options |= {"backend": backend, "softmax_order": order, "fused_block": True}
+    built = to_sonic(config, **options).build()
     generator = torch.Generator().manual_seed(0)
     for parameter in built.parameters():
         nn.init.normal_(parameter, std=STD * sizes[0] ** -0.5, generator=generator)

@@ -237,6 +237,7 @@ ASIDE: dict[str, Callable[[SonicMoE, Tensor], Tensor]] = {
     ),
     "frozen weights": _with(lambda m: m.routed_experts.inner_experts.requires_grad_(False)),
     "float32": lambda module, x_BLD: module.float()(x_BLD.float()),
+    "nobody asked for it": _with(_set("fused_block", False)),
     "no token": lambda module, x_BLD: module.eval()(x_BLD[:, :0]),
 }
 
