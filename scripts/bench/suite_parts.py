@@ -189,6 +189,12 @@ def _tests() -> dict[str, Part]:
             "memory_gpu router_graph float32_product",
             seconds=30,
         ),
+        "tests-fused": run(
+            "the eager block as one operator against its modules",
+            "fused",
+            processes=6,
+            seconds=118,  # most of it the compiler
+        ),
         "tests-training": run("whole runs of the debug model, all at once", "training", seconds=80),
         "tests-devices": run(
             "what needs two GPUs: another current device, training over NCCL",

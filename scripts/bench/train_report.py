@@ -102,10 +102,15 @@ def markdown(records: list[dict], memory: list[dict]) -> list[str]:
 
 
 def best_of(records: list[dict], model: str, balance: str) -> dict[str, dict]:
-    """The fastest record of every block for a model and routing."""
+    """The fastest record of every block for a model and routing.
+
+    Beside compiled blocks one that was measured eager alone is left out: that is not its best.
+    """
+    rows = [r for r in records if (r["model"], r["balance"]) == (model, balance)]
+    compiled = {label(r) for r in rows if r["compile"]}
     best: dict[str, dict] = {}
-    for r in records:
-        if (r["model"], r["balance"]) == (model, balance):
+    for r in rows:
+        if not compiled or label(r) in compiled:
             rival = best.setdefault(label(r), r)
             best[label(r)] = max(rival, r, key=lambda row: row["tokens_per_s"])
     return best
@@ -183,7 +188,8 @@ def _color(name: str) -> str:
 
 def write_figure(records: list[dict], path: Path) -> None:
     """Tokens/s (left) and reserved memory (right) of every block at its best mode."""
-    rows = [(group, best_of(records, *group)) for group in groups(records)]
+    every = [(group, best_of(records, *group)) for group in groups(records)]
+    rows = [row for row in every if len(row[1]) > 1] or every
     found = {name: _color(name) for _, best in rows for name in best}
     names = sorted(found, key=lambda name: [*COLORS.values()].index(found[name]))
     with figure(path, columns=2, size=(10, 4), caption=where(records)) as (drawn, (panels,)):

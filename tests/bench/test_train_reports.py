@@ -48,6 +48,14 @@ def test_training_report_compares_best_modes_and_activation_bytes(tmp_path: Path
     assert (tmp_path / f"{train_report.KIND}_h100.png").stat().st_size > 10_000
 
 
+def test_a_block_that_was_only_run_eager_has_no_best_mode_beside_compiled_ones() -> None:
+    records = [_train_record("stock", "compiled", 120e3), _train_record("sonic", "eager", 100e3)]
+    model, balance = train_report.groups(records)[0]
+    assert list(train_report.best_of(records, model, balance)) == ["stock TorchTitan"]
+    eager = [_train_record("stock", "eager", 80e3), records[1]]
+    assert len(train_report.best_of(eager, model, balance)) == 2
+
+
 def test_training_plan_puts_stock_beside_ours_first(capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench_train.chosen(bench_train.parse(["speed"]))
     assert len(rows) == len(set(rows))
