@@ -157,6 +157,7 @@ SMALL_CASES = (
     Case(40, 64, 64, 8, 2, "all_empty"),
     Case(220, 64, 64, 8, 2, "dirichlet"),
     Case(160, 128, 128, 16, 2, "tile_edges"),
+    Case(300, 1024, 64, 8, 2, "zipf"),  # the narrowest D whose dH is relayed
 )
 ACTIVATION_CASES = tuple(
     dataclasses.replace(SMALL_CASES[0], activation=name)

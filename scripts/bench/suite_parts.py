@@ -243,6 +243,7 @@ def _warmup(jobs: int) -> tuple[list[str], ...]:
     return (
         script("gpu_check.py", "build", "--cases", "small,extra,activations,all", *cores),
         script("bench_router.py", "--build", *cores),
+        [PYTHON, "-m", "tests.titan.fused_blocks", *cores],
         *(
             [*run, str(ROOT / "configs" / f"{name}.toml"), *cores, "--model.router", router]
             for name in CONFIGS

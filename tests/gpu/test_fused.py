@@ -19,6 +19,7 @@ from sonicmoe_kernels.rounding import ROUNDINGS
 
 from tests.titan.fused_blocks import (
     ROUTERS,
+    SIZES,
     VARIANTS,
     assert_alike,
     build,
@@ -30,7 +31,6 @@ from tests.titan.fused_blocks import (
 
 GPU = torch.device("cuda")
 SHAPES = {"few": (1, 1024), "odd": (3, 347), "one token": (1, 1), "many": (1, FEW_TOKENS + 3)}
-SIZES = {"small": (64, 64, 64, 4), "7b": (1536, 256, 128, 8), "wide": (1024, 512, 64, 6)}
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,20 @@
-"""Blocks that may be fused and the same by modules, and how their results are compared."""
+"""Blocks that may be fused and the same by modules, and how their results are compared.
+
+python -m tests.titan.fused_blocks [--jobs N]    compile what tests/gpu/test_fused.py loads
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from sonicmoe_kernels.block import FusedBlock
+from sonicmoe_kernels.kernel_lists import block_specs, plan_specs, specs, topk_specs
 from sonicmoe_kernels.rounding import ROUNDINGS
+from sonicmoe_kernels.warmup import warm_up
 from torch import Tensor, nn
 from torchtitan.config import derive
 from torchtitan.models.common.config_utils import make_ffn_config
@@ -18,6 +24,7 @@ from sonicmoe_titan.moe import SonicMoE
 from tests.titan import moe_blocks
 
 B, L, D, F, E, K = 2, 48, 64, 64, 64, 4
+SIZES = {"small": (D, F, E, K), "7b": (1536, 256, 128, 8), "wide": (1024, 512, 64, 6)}
 TILE = 8
 STD = 2.4  # of weights times sqrt(D): logits and gates of that size
 CPU = torch.device("cpu")
@@ -116,3 +123,34 @@ def fused_calls() -> Any:
     """A context whose value counts in `call_count` how often the operator ran."""
     call = FusedBlock.__call__
     return patch.object(FusedBlock, "__call__", autospec=True, side_effect=call)
+
+
+def kernels(sizes: tuple[int, int, int, int], variant: str, rounding: str | None) -> list[Any]:
+    """What a block launches, as one operator and by modules, with token choice and a rounding."""
+    (d, f, num_experts, top_k), given = sizes, VARIANTS[variant]
+    routing = {"num_experts": num_experts, "top_k": top_k}
+    scoring = {
+        "score_func": given["score_func"],
+        "softmax_order": given.get("softmax_order", "before"),
+        "renormalize": given.get("route_norm", False),
+        "has_bias": given.get("bias", False),
+    }
+    return [
+        *specs(d=d, f=f, **routing),
+        *topk_specs(**routing, **scoring),
+        *plan_specs(**routing, rounding=rounding),
+        *block_specs(d=d, f=f, **routing, **scoring, rounding=rounding),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, help="processes; one per core otherwise")
+    wanted = [(sizes, "renormalised", "nearest") for sizes in SIZES.values()]
+    wanted += [(SIZES["small"], "renormalised", rounding) for rounding in ROUNDINGS]
+    wanted += [(SIZES["small"], variant, "nearest") for variant in VARIANTS]
+    warm_up([spec for one in wanted for spec in kernels(*one)], jobs=parser.parse_args().jobs)
+
+
+if __name__ == "__main__":
+    main()
