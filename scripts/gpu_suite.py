@@ -5,6 +5,7 @@
     python scripts/gpu_suite.py --parts warmup --jobs 16        needs no GPU
     python scripts/gpu_suite.py --parts tests sanitizer --log outputs/suite --deadline 560
     python scripts/gpu_suite.py --parts moe-official --pythonpath official=/opt/official/site
+    python scripts/gpu_suite.py --gpus 0,1,2,3             four parts at a time, each on a GPU
 
 GPUs may be had for minutes at a time: a part is what fits ten of them, with a time limit, in
 process groups of its own, with a log file; a failing part stops nobody; the summary (also
@@ -23,8 +24,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +40,8 @@ from bench.suite_parts import Part, parts  # noqa: E402
 GRACE_S = 5  # for a part that is out of time to end by itself
 TAIL_LINES = 15  # of the log of a part that failed
 
+started: set[int] = set()  # process groups of commands that run
+
 
 class Outcome(NamedTuple):
     """How a part ended: "passed (proof)", "failed (why)", "timed out" or "left out (why)"."""
@@ -46,10 +51,14 @@ class Outcome(NamedTuple):
     seconds: float
 
 
-def run_part(name: str, part: Part, folder: Path, *, limit_s: float) -> Outcome:
+def run_part(
+    name: str, part: Part, folder: Path, *, limit_s: float, gpus: Sequence[str] = ()
+) -> Outcome:
     """The part's commands, in a process group each, their output in `folder`/name.log."""
     began = time.monotonic()
     environment = python_environment() | dict(part.environment)
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     outcome = "passed"
     with (folder / f"{name}.log").open("w") as log:
         for command in part.commands:
@@ -77,6 +86,7 @@ def _run(
     except OSError as error:
         log.write(f"{error}\n")
         return f"{command[0]}: {error.strerror}"
+    started.add(process.pid)
     try:
         return process.wait(timeout=max(limit_s, 0))
     except subprocess.TimeoutExpired:
@@ -85,9 +95,14 @@ def _run(
             process.wait(timeout=GRACE_S)
         return None
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill(process.pid)
         process.wait()
+        started.discard(process.pid)
+
+
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def run_all(
@@ -96,28 +111,72 @@ def run_all(
     *,
     deadline_s: float | None = None,
     packages: Sequence[str] = (),
+    gpus: Sequence[str] = (),
 ) -> list[Outcome]:
-    """Part after part.
+    """Part after part; with `gpus`, as many at once as these allow, each on its own.
 
-    Left out: what is not expected to end before the deadline, or needs other than `packages`.
+    A part waits for as many GPUs as it needs, and for parts that write the same records. Left out:
+    what is not expected to end before the deadline, or needs other than `packages`.
     """
-    began, outcomes = time.monotonic(), []
-    for name, part in chosen.items():
-        left = float("inf") if deadline_s is None else deadline_s - (time.monotonic() - began)
-        if part.needs and part.needs not in packages:
-            outcome = Outcome(name, f"left out (no --pythonpath {part.needs}=...)", 0.0)
-        elif part.expected_s > left:
-            outcome = Outcome(name, f"left out ({left:.0f} s left)", 0.0)
-        else:
-            print(f"{name}: {part.about}", flush=True)
-            outcome = run_part(name, part, folder, limit_s=min(part.limit_s, left))
-        outcomes.append(outcome)
-        print(f"{name}: {outcome.outcome} after {outcome.seconds:.0f} s", flush=True)
+    began, outcomes, changed = time.monotonic(), {}, threading.Condition()
+    free, running, waiting = list(gpus), set[str](), dict(chosen)
+
+    def finish(outcome: Outcome) -> None:
+        outcomes[outcome.part] = outcome
+        print(f"{outcome.part}: {outcome.outcome} after {outcome.seconds:.0f} s", flush=True)
         if outcome.outcome.startswith(("failed", "timed out")):
-            print(_tail(folder / f"{name}.log"), flush=True)
-        summary = [outcome._asdict() for outcome in outcomes]
+            print(_tail(folder / f"{outcome.part}.log"), flush=True)
+        summary = [outcomes[name]._asdict() for name in chosen if name in outcomes]
         (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    return outcomes
+
+    def occupied(part: Part) -> int:
+        return len(gpus) if part.alone else min(part.gpus, len(gpus))
+
+    def can_start(name: str) -> bool:
+        rivals = {other for other in running if _write_the_same(name, other)}
+        enough = len(free) >= occupied(chosen[name])
+        return enough and not rivals and (bool(gpus) or not running)
+
+    def run(name: str, taken: list[str], limit_s: float) -> None:
+        visible = taken[: chosen[name].gpus]
+        outcome = run_part(name, chosen[name], folder, limit_s=limit_s, gpus=visible)
+        with changed:
+            finish(outcome)
+            running.remove(name)
+            free.extend(taken)
+            changed.notify()
+
+    with ThreadPoolExecutor(max(1, len(gpus))) as pool, changed:
+        while waiting:
+            name = next(filter(can_start, waiting), None)
+            if name is None:
+                try:
+                    changed.wait()
+                except KeyboardInterrupt:
+                    waiting.clear()
+                    for group in list(started):
+                        _kill(group)
+                    raise
+                continue
+            part = waiting.pop(name)
+            left = float("inf") if deadline_s is None else deadline_s - (time.monotonic() - began)
+            if part.needs and part.needs not in packages:
+                finish(Outcome(name, f"left out (no --pythonpath {part.needs}=...)", 0.0))
+            elif part.expected_s > left:
+                finish(Outcome(name, f"left out ({left:.0f} s left)", 0.0))
+            else:
+                taken = [free.pop(0) for _ in range(occupied(part))]
+                where = f" on GPU {', '.join(taken)}" if taken else ""
+                print(f"{name}: {part.about}{where}", flush=True)
+                running.add(name)
+                pool.submit(run, name, taken, min(part.limit_s, left))
+    return [outcomes[name] for name in chosen]
+
+
+def _write_the_same(name: str, other: str) -> bool:
+    """Whether two parts rewrite the same files of records: those of one family, but of tests."""
+    family = name.partition("-")[0]
+    return family == other.partition("-")[0] and family not in ("tests", "sanitizer")
 
 
 def _tail(log: Path, lines: int = 15) -> str:
@@ -149,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of the compiler")
     parser.add_argument("--deadline", type=float, help="seconds after which no part may end")
+    parser.add_argument("--gpus", default="", help="0,1,...: parts run side by side on these")
     parser.add_argument("--pythonpath", nargs="*", default=[], metavar="IMPL=PATHS",
                         help="where official and liger are installed")  # fmt: skip
     given = parser.parse_args(argv)
@@ -163,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     given.log.mkdir(parents=True, exist_ok=True)
     packages = [entry.partition("=")[0] for entry in given.pythonpath]
-    outcomes = run_all(chosen, given.log, deadline_s=given.deadline, packages=packages)
+    limits = {"deadline_s": given.deadline, "packages": packages}
+    outcomes = run_all(chosen, given.log, **limits, gpus=[g for g in given.gpus.split(",") if g])
     print("\n".join(f"{o.part:20s} {o.seconds:6.0f} s  {o.outcome}" for o in outcomes))
     return 0 if all(o.outcome.startswith("passed") for o in outcomes) else 1
 

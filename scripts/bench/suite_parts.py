@@ -26,7 +26,8 @@ class Part(NamedTuple):
 
     limit_s: of all of them together. expected_s: a guess, for --list and --deadline. needs: whose
     packages --pythonpath must name. proof: a pattern that the log of a passing part contains (where
-    there is no GPU, tests skip and pytest is content).
+    there is no GPU, tests skip and pytest is content). gpus: that it uses. alone: nothing else may
+    run on the machine meanwhile.
     """
 
     about: str
@@ -36,6 +37,8 @@ class Part(NamedTuple):
     environment: tuple[tuple[str, str], ...] = ()
     needs: str = ""
     proof: str = ""
+    gpus: int = 1
+    alone: bool = False
 
 
 def script(name: str, *words: str) -> list[str]:
@@ -64,7 +67,9 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
     tuning = ("--limit", "560", "--deadline", "480", *peers)
     sparsest = ("--shapes", "sparsest", "--impls", "sonicmoe", "official", "--append")
     return {
-        "warmup": Part("compile the kernels of the other parts", _warmup(jobs), 150, 900),
+        "warmup": Part(
+            "compile the kernels of the other parts", _warmup(jobs), 150, 900, gpus=0, alone=True
+        ),
         **_tests(),
         **_sanitizer(),
         "moe-ours": Part(
@@ -177,7 +182,7 @@ def _tests() -> dict[str, Part]:
             "host time of the block at 1024 tokens, alone on the machine",
             "host_cost",
             seconds=30,
-        ),
+        )._replace(alone=True),
         "tests-routing": run(
             "top-k, plans, token rounding",
             "topk_gpu plan_gpu routing_gpu",
@@ -202,7 +207,7 @@ def _tests() -> dict[str, Part]:
             "-k",
             "device or layout",
             seconds=150,
-        )._replace(proof=r"\d+ (?:passed|skipped).*"),  # one GPU: nothing to do
+        )._replace(proof=r"\d+ (?:passed|skipped).*", gpus=2),  # one GPU: nothing to do
     }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -62,6 +65,30 @@ time.sleep(60)
     assert (tmp_path / "ended").exists()
 
 
+def test_ctrl_c_ends_what_runs(tmp_path: Path) -> None:
+    source = f"""
+import os, pathlib, time
+pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+    program = f"""
+import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}]
+import gpu_suite
+from bench.suite_parts import Part
+part = Part("long", ([sys.executable, "-c", {source!r}],), 1, 60)
+gpu_suite.run_all({{"long": part, "next": part}}, gpu_suite.Path({str(tmp_path)!r}))
+"""
+    runner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    began = time.monotonic()
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert runner.poll() is None and time.monotonic() - began < 30
+        time.sleep(0.05)
+    runner.send_signal(signal.SIGINT)
+    assert runner.wait(timeout=30) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_later_commands_of_a_part_do_not_run_after_a_failure(tmp_path: Path) -> None:
     fail, write = "raise SystemExit(1)", f"open({str(tmp_path / 'ran')!r}, 'w')"
     part = Part("two", tuple([sys.executable, "-c", code] for code in (fail, write)), 1, 20)
@@ -90,6 +117,49 @@ def test_a_part_that_proves_nothing_fails(tmp_path: Path) -> None:
     skipped, ran = gpu_suite.run_all(chosen, tmp_path)
     assert skipped.outcome.startswith("failed")
     assert ran.outcome == "passed (2 passed, 1 skipped in 1 s)"
+
+
+def test_parts_run_side_by_side_on_their_own_gpus(tmp_path: Path) -> None:
+    source = """
+import os, pathlib, sys, time
+mine = pathlib.Path(sys.argv[1])
+(mine / os.environ["CUDA_VISIBLE_DEVICES"].replace(",", "+")).touch()
+began = time.monotonic()
+while len(list(mine.iterdir())) < 2 and time.monotonic() - began < 15:
+    time.sleep(0.01)
+sys.exit(len(list(mine.iterdir())) < 2)
+"""
+    folder = tmp_path / "seen"
+    folder.mkdir()
+    command = [sys.executable, "-c", source, str(folder)]
+    part = Part("waits for the other", (command,), 1, 20)
+    chosen = {"tests-one": part, "tests-other": part}
+    outcomes = gpu_suite.run_all(chosen, tmp_path, gpus=["3", "5"])
+    assert [o.outcome for o in outcomes] == ["passed", "passed"]
+    assert {path.name for path in folder.iterdir()} == {"3", "5"}
+
+
+def test_parts_of_the_same_records_and_parts_alone_wait_for_the_others(tmp_path: Path) -> None:
+    source = """
+import os, pathlib, sys, time
+mine = pathlib.Path(sys.argv[1])
+name = mine / str(os.getpid())
+name.touch()
+time.sleep(0.3)
+alone = list(mine.iterdir()) == [name]
+name.unlink()
+sys.exit(not alone)
+"""
+    folder = tmp_path / "running"
+    folder.mkdir()
+    part = Part("must be the only one", ([sys.executable, "-c", source, str(folder)],), 1, 20)
+    for chosen in (
+        {"moe-one": part, "moe-other": part},
+        {"tests-two": part._replace(gpus=2), "tests-more": part._replace(gpus=2)},
+        {"tests-host": part._replace(alone=True), "tests-rows": part},
+    ):
+        outcomes = gpu_suite.run_all(chosen, tmp_path, gpus=["0", "1"])
+        assert [o.outcome for o in outcomes] == ["passed", "passed"], list(chosen)
 
 
 def test_a_parts_environment_reaches_its_commands(tmp_path: Path) -> None:
