@@ -7,13 +7,18 @@ or changed moves no other file from training to validation.
 
 import functools
 import hashlib
+import json
+import os
+import stat
 import string
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from sonicmoe_titan.cache import build_once
 
 LocalCorpus = Literal["python_stdlib", "site_packages", "folders"]
 Split = Literal["train", "validation"]
@@ -41,6 +46,8 @@ MAX_FILE_BYTES = 1 << 20  # larger text files are tables that a program wrote
 # too short to tell files apart ("else:", "return x") do not count.
 MAX_SHARE_SEEN = 0.7
 MIN_LINE_CHARS = 16
+LISTING = "files.json"
+FORMAT = 1  # part of a listing's key: raise it when other files are accepted
 
 
 @dataclass(frozen=True)
@@ -130,18 +137,53 @@ def _text_files(
     into_packages: bool = True,
     accepts: Callable[[bytes], bool] = bool,
 ) -> Iterator[CorpusFile]:
-    """Yield the readable UTF-8 text files under `folder`, in the order of their paths."""
+    """Yield the readable UTF-8 text files under `folder`, in the order of their paths.
+
+    Read and hashed once: until a path, a size or a time of change is another, the cache knows them.
+    """
+    found = dict(_candidates(folder, suffixes, into_packages=into_packages))
+    settings = (FORMAT, str(folder), accepts.__name__, MIN_FILE_BYTES, MAX_FILE_BYTES)
+    digest = hashlib.sha256(repr(settings).encode())
+    for path, state in found.items():
+        change = (state.st_mtime_ns, state.st_ctime_ns)  # images may fix the first
+        digest.update(f"{path}\0{state.st_size}\0{change}\n".encode(errors="surrogateescape"))
+
+    def build(target: Path) -> None:
+        files = [
+            (str(file.path), file.num_bytes, file.digest.hex())
+            for file in _read(found, accepts=accepts)
+        ]
+        (target / LISTING).write_text(json.dumps(files))
+
+    cached = build_once("listings", digest.hexdigest()[:32], build)
+    for path, num_bytes, content in json.loads((cached / LISTING).read_text()):
+        yield CorpusFile(Path(path), num_bytes, bytes.fromhex(content))
+
+
+def _candidates(
+    folder: Path, suffixes: frozenset[str], *, into_packages: bool
+) -> Iterator[tuple[Path, os.stat_result]]:
     for path in sorted(folder.rglob("*")):
-        if path.suffix not in suffixes or not path.is_file():
+        if path.suffix not in suffixes:
             continue
         if not into_packages and not {"site-packages", "dist-packages"}.isdisjoint(path.parts):
             continue
+        try:
+            state = path.stat()
+        except OSError:
+            continue
+        if stat.S_ISREG(state.st_mode) and MIN_FILE_BYTES <= state.st_size <= MAX_FILE_BYTES:
+            yield path, state
+
+
+def _read(paths: Iterable[Path], *, accepts: Callable[[bytes], bool]) -> Iterator[CorpusFile]:
+    for path in paths:
         try:
             content = path.read_bytes()
             content.decode("utf-8")
         except (OSError, UnicodeDecodeError):
             continue
-        if MIN_FILE_BYTES <= len(content) <= MAX_FILE_BYTES and accepts(content):
+        if accepts(content):
             yield CorpusFile(path, len(content), hashlib.sha256(content).digest())
 
 

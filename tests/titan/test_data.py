@@ -102,6 +102,20 @@ class TestCorpus:
         corpus._all_files.cache_clear()
         assert fingerprint(list_files("python_stdlib")) != first
 
+    def test_files_are_read_again_when_one_has_changed_and_only_then(
+        self, stdlib: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for i in range(3):
+            (stdlib / f"{i}.py").write_text(lines(i))
+        first, read = list_files("python_stdlib"), []
+        read_bytes = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda p: read.append(p.name) or read_bytes(p))
+        corpus._all_files.cache_clear()
+        assert list_files("python_stdlib") == first and not read
+        os.utime(stdlib / "1.py", ns=(1, 1))
+        corpus._all_files.cache_clear()
+        assert list_files("python_stdlib") == first and sorted(read) == ["0.py", "1.py", "2.py"]
+
     def test_a_python_without_sources_is_refused(self, stdlib: Path) -> None:
         with pytest.raises(ValueError, match=r"no text files under .*dataloader\.corpus"):
             list_files("python_stdlib")
