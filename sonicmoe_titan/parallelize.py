@@ -47,11 +47,16 @@ def parallelize_decoder(
         compile_config=compile_config,
         **kwargs,
     )
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if parallel_dims.world_size == 1:
+        # TorchTitan has FSDP divide gradients by 1. Alone, FSDP does that in a pass of its own: 2.9
+        # of 122 ms of a step of the 7B proxy (H200, 2026-11-27). Without a factor there is none.
+        for module in sharded:
+            module.set_gradient_divide_factor(None)  # pyrefly: ignore[bad-argument-type]
     if dist.get_backend() == "gloo":
         # FSDP divides inside the reduction by default; gloo has no such reduction
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_force_sum_reduction_for_comms(True)
+        for module in sharded:
+            module.set_force_sum_reduction_for_comms(True)
         _draw_shards_apart(parallel_dims)
     return model
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.titan.ranks import run_on_ranks
@@ -47,3 +48,23 @@ def test_no_two_experts_and_no_two_tokens_start_equal(weights: list, layout: str
 def test_all_ranks_start_from_the_same_model(weights: list, layout: str) -> None:
     for name, value in weights[0][layout].items():
         assert torch.equal(weights[1][layout][name], value), name
+
+
+def divide_factors(folder: Path) -> set[float | None]:
+    """What FSDP divides gradients by."""
+    model = config(folder).build().model_parts[0]
+    return {
+        group.gradient_divide_factor
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+    }
+
+
+@pytest.mark.parametrize(("ranks", "factor"), [(1, None), (2, 1.0)])
+def test_one_rank_alone_does_not_divide_its_gradients_by_one(
+    shared_folder: Path, ranks: int, factor: float | None
+) -> None:
+    base = shared_folder / f"{ranks} ranks"
+    for found in run_on_ranks(divide_factors, ranks=ranks, base=base):
+        assert found == {factor}
