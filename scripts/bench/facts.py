@@ -31,13 +31,15 @@ SAMPLE_S = 0.02
 NVML_CLOCK_SM = 1
 
 
-def record_name(kind: str, device: str) -> str:
-    """`kind` and the GPU, "train_h100": every kind of GPU has files of its own.
-
-    device: "NVIDIA H100 80GB HBM3", as records name it.
-    """
+def short_name(device: str) -> str:
+    """ "h100" of "NVIDIA H100 80GB HBM3"."""
     words = device.lower().split()
-    return f"{kind}_{words[1] if words[0] == 'nvidia' else words[0]}"
+    return words[1] if words[0] == "nvidia" else words[0]
+
+
+def record_name(kind: str, device: str) -> str:
+    """`kind` and the GPU, "train_h100": every kind of GPU has files of its own."""
+    return f"{kind}_{short_name(device)}"
 
 
 def record_path(folder: Path, kind: str) -> Path:

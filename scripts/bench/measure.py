@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bench.facts import short_name
+
 WARM_STEPS = 3  # of a round, before it is timed
 PROFILED_STEPS = 5
 HOST_STEPS = 8  # in a row, so few that the launch queue never fills
@@ -53,9 +55,10 @@ def tune_briefly() -> None:
 
 
 def use_earlier_choices() -> None:
-    """Put what the official package's autotuner chose before into its cache, where one is set."""
-    if cache := os.environ.get("QUACK_CACHE_DIR"):
-        shutil.copytree(OFFICIAL_AUTOTUNE, cache, dirs_exist_ok=True)
+    """Put what the official package's autotuner chose on a GPU of this kind into its cache."""
+    known = OFFICIAL_AUTOTUNE / short_name(torch.cuda.get_device_name())
+    if (cache := os.environ.get("QUACK_CACHE_DIR")) and known.is_dir():
+        shutil.copytree(known, cache, dirs_exist_ok=True)
 
 
 def warm_up(run: Run) -> None:

@@ -32,6 +32,7 @@ def model_with_stats(layer_ids: list[int], *, seed: int) -> nn.Module:
         stats = RouterStats(NUM_EXPERTS)
         stats.values_V.copy_(torch.rand(len(stats.NAMES), generator=generator))
         stats.load_E.copy_(torch.rand(NUM_EXPERTS, generator=generator))
+        stats.add_entropy(torch.rand((), generator=generator), 1.0)
         block = nn.Module()
         block.moe = nn.Module()
         block.moe.stats = stats

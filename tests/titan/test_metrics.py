@@ -285,5 +285,6 @@ def test_tensors_that_teach_a_pipeline_its_shapes_are_not_counted() -> None:
     assert not resumed.should_log(12)
     assert not stats.values_V.any()
     stats.values_V.fill_(1.0)
+    stats.add_entropy(stats.one, 1.0)
     assert resumed.should_log(20)
     assert resumed._routing_metrics(20)["moe/router_entropy"] == 1.0
