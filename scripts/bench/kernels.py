@@ -81,7 +81,8 @@ KINDS = {
     "other GEMMs": r"nvjet|gemm|xmma|cublas|splitK",
     "compiled pointwise": r"triton_",
     "collectives": r"nccl",
-    "copies": r"Memcpy|Memset|copy|fill|FillFunctor|CatArray|split_with",
+    "copies": r"[Mm]emcpy|Memset|copy|fill|FillFunctor|CatArray|split_with|chunk_cat",
+    "pointwise outside the compiler": r"elementwise",
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import bench_train
 import pytest
-from bench import facts, train_losses, train_plan, train_report, train_runs
+from bench import facts, train_losses, train_plan, train_profile, train_report, train_runs
 
 from tests.bench.records import ON, VERSIONS
 
@@ -104,6 +104,21 @@ def test_training_summary_has_what_a_record_promises(monkeypatch: pytest.MonkeyP
     assert record["activations_predicted_gib"] == 5.0
     stock = train_plan.Row("7b_proxy", "stock", "eager", "natural")
     assert "activations_predicted_gib" not in bench_train.summary(stock, run, windows)
+
+
+def test_a_profile_names_the_kinds_of_work_and_what_the_gpu_waited_between() -> None:
+    names = ("nvjet_sm90", "memcpy128", "void at::native::vectorized_elementwise_kernel<4>")
+    begins = (0.0, 500.0, 2000.0)  # us; the second begins while the first runs
+    events = [
+        {"cat": "kernel", "name": name, "ts": ts, "dur": 1000.0}
+        for name, ts in zip(names, begins, strict=True)
+    ]
+    other = {"cat": "cpu_op", "name": "aten::mm", "ts": -5.0, "dur": 9000.0}
+    text = train_profile.profile_table([other, *reversed(events)])
+    assert text.startswith("span 3.00 ms, idle 0.50 ms\n")
+    for kind in ("other GEMMs", "copies", "pointwise outside the compiler"):
+        assert f"     1.00 ms  {kind}\n" in text
+    assert "0.500 ms idle after memcpy128 before void at::native" in text
 
 
 def test_losses_are_on_disk_after_every_run_and_replace_the_same(
