@@ -1,14 +1,11 @@
 """The aggregation kernel without a GPU: compiles, links, loads, reads 16 bytes, refuses misuse."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.tiles import Aggregation
 
+from tests.kernels.blackwell import compile_for_blackwell
 from tests.kernels.fake_cuda import fake_cuda
 from tests.kernels.sass import read_sass, tools_folder
 
@@ -94,17 +91,7 @@ def test_a_right_call_is_stopped_by_the_missing_gpu_alone():
 
 
 def test_it_also_compiles_for_blackwell():
-    program = (
-        "from sonicmoe_kernels import compile as c, tiles;"
-        "c.compile_kernel(tiles.Aggregation(1536, 'bfloat16', 8, True), arch='sm_100a');"
-        "c.compile_kernel(tiles.Aggregation(1536, 'bfloat16', None, False), arch='sm_100a')"
+    compile_for_blackwell(
+        "[tiles.Aggregation(1536, 'bfloat16', 8, True),"
+        " tiles.Aggregation(1536, 'bfloat16', None, False)]"
     )
-    environment = {**os.environ, kernel_cache.ARCH_VARIABLE: "sm_100a"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]

@@ -6,9 +6,6 @@ Legend: T tokens, E experts, K experts per token, R routed rows.
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -27,6 +24,7 @@ from sonicmoe_kernels.kernel_lists import block_specs
 from sonicmoe_kernels.tiles import STATISTICS_CTAS, TILE_M, TopKBackward, TopKOptions
 
 from tests.emulated_block import cut
+from tests.kernels.blackwell import compile_for_blackwell
 from tests.kernels.fake_cuda import fake_cuda
 from tests.kernels.sass import read_sass, tools_folder
 
@@ -184,20 +182,8 @@ def test_a_gradient_through_the_plan_is_stored_in_halves_without_spills(routing,
 
 
 def test_they_also_compile_for_blackwell_where_no_tensor_core_is_used():
-    program = (
-        "from sonicmoe_kernels import compile as c;"
-        "from tests.kernels.test_block_stages import NEAREST, BlockStage;"
-        "c.compile_kernel(BlockStage('combine', NEAREST), arch='sm_100a')"
-    )
-    environment = {**os.environ, kernel_cache.ARCH_VARIABLE: "sm_100a"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    imports = "from tests.kernels.test_block_stages import NEAREST, BlockStage"
+    compile_for_blackwell("[BlockStage('combine', NEAREST)]", imports=imports)
 
 
 @pytest.mark.parametrize(

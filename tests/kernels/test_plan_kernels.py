@@ -5,8 +5,6 @@ Legend: T tokens, E experts, K experts per token, R routed rows.
 """
 
 import os
-import subprocess
-import sys
 from collections import defaultdict
 
 import pytest
@@ -27,6 +25,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.emulated_block import with_sources
+from tests.kernels.blackwell import compile_for_blackwell
 from tests.kernels.fake_cuda import fake_cuda
 from tests.kernels.sass import read_sass, tools_folder
 from tests.saved_bytes import saved_bytes
@@ -194,21 +193,10 @@ def test_counts_are_read_with_16_bytes_and_eight_in_flight(tmp_path):
 
 
 def test_they_also_compile_for_blackwell():
-    program = (
-        "from sonicmoe_kernels import compile as c, tiles;"
-        "specs = [s for r in (None, 'score_stochastic', 'balance')"
-        "         for s in tiles.routing_kernels(128, 8, rounding=r)];"
-        "[c.compile_kernel(s, arch='sm_100a') for s in specs]"
+    compile_for_blackwell(
+        "[s for r in (None, 'score_stochastic', 'balance')"
+        " for s in tiles.routing_kernels(128, 8, rounding=r)]"
     )
-    environment = {**os.environ, kernel_cache.ARCH_VARIABLE: "sm_100a"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,14 @@ index and order arithmetic is that of plain Python.
 
 import itertools
 import math
-import os
 import struct
-import subprocess
-import sys
 
 import pytest
 import torch
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.tiles import WARP, TopKBackward, TopKForward, TopKOptions, topk_warps
 
+from tests.kernels.blackwell import compile_for_blackwell
 from tests.kernels.fake_cuda import fake_cuda
 from tests.kernels.sass import read_sass, tools_folder
 
@@ -181,18 +179,5 @@ def test_a_right_call_of_the_backward_is_stopped_by_the_missing_gpu_alone():
 
 
 def test_they_also_compile_for_blackwell():
-    program = (
-        "from sonicmoe_kernels import compile as c;"
-        "from tests.kernels.test_topk import FULL, SEARCHED, SPARSE_GRADIENT, FULL_GRADIENT;"
-        "[c.compile_kernel(s, arch='sm_100a')"
-        " for s in (FULL, SEARCHED, SPARSE_GRADIENT, FULL_GRADIENT)]"
-    )
-    environment = {**os.environ, kernel_cache.ARCH_VARIABLE: "sm_100a"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    names = "FULL, SEARCHED, SPARSE_GRADIENT, FULL_GRADIENT"
+    compile_for_blackwell(f"({names})", imports=f"from tests.kernels.test_topk import {names}")
