@@ -28,7 +28,6 @@ from sonicmoe_kernels.block_stages import (
 from sonicmoe_kernels.plan import RoutingPlan
 from sonicmoe_kernels.rounding import STOCHASTIC, token_rounding_plan
 from sonicmoe_kernels.router_sums import RouterSums
-from sonicmoe_kernels.routing import route_topk
 from sonicmoe_kernels.tiles import NO_SOURCE, TILE_M, TopKBackward
 from torch import Tensor
 
@@ -123,16 +122,7 @@ def hidden(
     assert num_ctas == NUM_CTAS and (bias_E is not None) == routing.has_bias
     assert (uniform_E is not None) == (layer.rounding in STOCHASTIC)
     assert scratch.shape == (words(scratch_parts(layer, tokens, rows)),)
-    topk = route_topk(
-        logits_TE,
-        top_k=routing.top_k,
-        score_func=routing.score_func,
-        softmax_order=routing.softmax_order,
-        renormalize=routing.renormalize,
-        route_scale=scale,
-        expert_bias_E=bias_E,
-        backend="torch",
-    )
+    topk = emulated_topk.choice(routing, logits_TE, bias_E, scale)
     if layer.rounding is None:
         plan = RoutingPlan.from_topk(
             topk.ids_TK, topk.scores_TK, num_experts=routing.num_experts, backend="torch"

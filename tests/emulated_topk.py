@@ -43,6 +43,22 @@ def emulate(patch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
     return launches
 
 
+def choice(
+    options: TopKOptions, logits_TE: Tensor, bias_E: Tensor | None, scale: float
+) -> routing.TopK:
+    """What a router with these options chooses, by torch."""
+    return routing.route_topk(
+        logits_TE,
+        top_k=options.top_k,
+        score_func=options.score_func,
+        softmax_order=options.softmax_order,
+        renormalize=options.renormalize,
+        route_scale=scale,
+        expert_bias_E=bias_E,
+        backend="torch",
+    )
+
+
 def _forward(
     options: TopKOptions,
     all_scores: bool,
@@ -54,16 +70,7 @@ def _forward(
     scale: float,
 ) -> None:
     assert (scores_TE is not None) == all_scores and (bias_E is not None) == options.has_bias
-    topk = routing.route_topk(
-        logits_TE,
-        top_k=options.top_k,
-        score_func=options.score_func,
-        softmax_order=options.softmax_order,
-        renormalize=options.renormalize,
-        route_scale=scale,
-        expert_bias_E=bias_E,
-        backend="torch",
-    )
+    topk = choice(options, logits_TE, bias_E, scale)
     ids_TK.copy_(topk.ids_TK)
     weights_TK.copy_(topk.scores_TK)
     if scores_TE is not None:
