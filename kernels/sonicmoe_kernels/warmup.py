@@ -17,7 +17,7 @@ from typing import get_args
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.activations import ACTIVATIONS
 from sonicmoe_kernels.compile import ARCH, Built
-from sonicmoe_kernels.kernel_lists import Dtype, block_specs, plan_specs, specs, topk_specs
+from sonicmoe_kernels.kernel_lists import Dtype, plan_specs, specs, topk_specs
 from sonicmoe_kernels.parallel_build import build_all, cores
 from sonicmoe_kernels.rounding import ROUNDINGS
 
@@ -147,14 +147,6 @@ def main(argv: list[str] | None = None) -> int:
             )
             wanted += topk_specs(num_experts=experts, top_k=top_k)
             wanted += plan_specs(num_experts=experts, top_k=top_k, rounding=arguments.rounding)
-            if arguments.dtype == "bfloat16" and arguments.activation == "swiglu":
-                wanted += block_specs(
-                    d=shape["D"],
-                    f=shape["F"],
-                    num_experts=experts,
-                    top_k=top_k,
-                    rounding=arguments.rounding,
-                )
         warm_up(wanted, jobs=arguments.jobs, arch=arguments.arch)
     except ValueError as error:
         return _failed(error, USERS_MISTAKE)
