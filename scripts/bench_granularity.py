@@ -248,9 +248,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.4, help="of one round's loop")
     parser.add_argument("--report", action="store_true", help="of the records, measuring nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
-    arguments = parser.parse_args()
-    arguments.append = True
-    driver.run("bench_granularity", granularity_report, arguments, measure_shapes)
+    parser.set_defaults(append=True)  # a shape that is measured again replaces its records
+    driver.run("bench_granularity", granularity_report, parser.parse_args(), measure_shapes)
 
 
 if __name__ == "__main__":

@@ -127,9 +127,11 @@ def speed(arguments: argparse.Namespace) -> None:
     records = json.loads(path.read_text()) if path.exists() else []
     rows, began = chosen(arguments), time.monotonic()
     if arguments.plan:
+        found = facts.recorded(arguments.out, train_report.KIND)
+        timed = [record for file in found for record in json.loads(file.read_text())]
         for number, row in enumerate(rows, 1):
-            print(f"{number:3d} {expected_s(row, records):4.0f} s  {' / '.join(row)}")
-        print(f"{sum(expected_s(row, records) for row in rows):.0f} s in all")
+            print(f"{number:3d} {expected_s(row, timed):4.0f} s  {' / '.join(row)}")
+        print(f"{sum(expected_s(row, timed) for row in rows):.0f} s in all")
         return
     seen: dict[Row, list[dict]] = {row: [] for row in rows}
     for row in rows * arguments.rounds:

@@ -227,9 +227,7 @@ class SonicMoE(MoE):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D): routed experts plus the shared experts if there are any."""
-        out_BLD = None
-        if self.fused_block:
-            out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS)
+        out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS) if self.fused_block else None
         if out_BLD is None:
             scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
             count_E = self._count(ids_BLK, scores_BLE)
