@@ -39,6 +39,7 @@ from sonicmoe_kernels.tiles import (  # noqa: E402
     ROW_TILES,
     RowGemm,
     RowTile,
+    TopKOptions,
     WeightGemm,
     WeightTile,
     pick_weights,
@@ -111,9 +112,10 @@ def cases_named(names: str) -> list[tuple[str, Case]]:
 def specs_of(case: Case, dtype: str) -> list:
     """Every kernel that a layer of the case's sizes launches, its router's too."""
     experts = {"num_experts": case.E, "top_k": case.K}
+    routing = TopKOptions(case.E, case.K)
     return [
         *kernel_lists.specs(d=case.D, f=case.F, **experts, dtype=dtype, activation=case.activation),
-        *kernel_lists.topk_specs(**experts),
+        *kernel_lists.topk_specs(routing),
         *kernel_lists.plan_specs(**experts),
     ]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from sonicmoe_kernels.backends import HOPPER_MULTIPLE, resolve_backend
 from sonicmoe_kernels.compile import KernelSpec
 from sonicmoe_kernels.kernel_lists import block_specs, plan_specs, specs, topk_specs
 from sonicmoe_kernels.parallel_build import make_ready
+from sonicmoe_kernels.tiles import TopKOptions
 
 from sonicmoe_titan.model_args import ModelArgs
 
@@ -53,19 +54,20 @@ def run_specs(config: SonicTrainer.Config) -> list[KernelSpec]:
     """
     model, (width, experts) = config.model, local_sizes(config)
     wanted = specs(d=model.dim, f=width, num_experts=experts, top_k=model.top_k, dtype="bfloat16")
-    routing: dict[str, Any] = {"num_experts": model.num_experts, "top_k": model.top_k}
     rounding = model.rounding if model.router == "token_rounding" else None
-    scoring: dict[str, Any] = {
-        "score_func": model.score_func,
-        "softmax_order": model.softmax_order,
-        "renormalize": model.renormalize,
-        "has_bias": model.load_balance_coeff is not None,
-    }
+    routing = TopKOptions(
+        model.num_experts,
+        model.top_k,
+        score_func=model.score_func,
+        softmax_order=model.softmax_order,
+        renormalize=model.renormalize,
+        has_bias=model.load_balance_coeff is not None,
+    )
     if model.num_expert_groups is None:  # else torch routes
-        wanted += topk_specs(**routing, **scoring)
-    wanted += plan_specs(**routing, rounding=rounding)
+        wanted += topk_specs(routing)
+    wanted += plan_specs(num_experts=model.num_experts, top_k=model.top_k, rounding=rounding)
     if _fuses_blocks(config):
-        wanted += block_specs(d=model.dim, f=width, **routing, **scoring, rounding=rounding)
+        wanted += block_specs(routing, d=model.dim, f=width, rounding=rounding)
     return wanted
 
 

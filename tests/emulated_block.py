@@ -51,7 +51,7 @@ def emulate(patch: pytest.MonkeyPatch) -> list[tuple[str, tuple]]:
 
     patch.setattr(block, "make_ready", lambda specs: None)
     patch.setattr(block.kernel_cache, "load", load)
-    patch.setattr(block.hopper, "_num_ctas", lambda index: NUM_CTAS)
+    patch.setattr(block.hopper, "num_ctas", lambda index: NUM_CTAS)
     patch.setattr(block, "product", lambda a, b: a.float() @ b.float())
     block.fused_block.cache_clear()
     return calls

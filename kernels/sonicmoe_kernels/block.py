@@ -89,7 +89,7 @@ class FusedBlock:
         self.hidden, self.combine, self.input_gradient, self.weight_gradients = (
             kernel_cache.load(stage) for stage in stages
         )
-        self.num_ctas = hopper._num_ctas(device.index)
+        self.num_ctas = hopper.num_ctas(device.index)
         self.draws = layer.rounding in STOCHASTIC
         self.reads_logits = layer.rounding is not None or not layer.routing.over_chosen
         self._sizes: dict[int, Sizes | None] = {}

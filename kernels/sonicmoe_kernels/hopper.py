@@ -38,6 +38,7 @@ __all__ = [
     "d_weight13",
     "down",
     "dscore_parts",
+    "num_ctas",
     "prepare",
     "up",
 ]
@@ -49,7 +50,7 @@ _DTYPES: dict[torch.dtype, Literal["bfloat16", "float16"]] = {
 
 
 @functools.cache
-def _num_ctas(device_index: int) -> int:
+def num_ctas(device_index: int) -> int:
     """One CTA a multiprocessor, in whole clusters."""
     count = torch.cuda.get_device_properties(device_index).multi_processor_count
     return count // CLUSTER * CLUSTER
@@ -109,7 +110,7 @@ def up(
     """Kernel 1: writes H = X[idx] [W1; W3]^T and A = act(H)."""
     num_experts, f, d = w1_EFD.shape
     kernel = row_kernel("up", d, f, num_experts, w1_EFD.dtype, activation)
-    ctas = _num_ctas(x_TD.device.index)
+    ctas = num_ctas(x_TD.device.index)
     kernel(x_TD, token_idx_R, expert_offsets, w1_EFD, w3_EFD, h_RHF, a_RF, ctas)
 
 
@@ -119,7 +120,7 @@ def down(
     """Kernel 2: writes Y = A W2^T."""
     num_experts, d, f = w2_EDF.shape
     kernel = row_kernel("down", d, f, num_experts, w2_EDF.dtype, activation)
-    kernel(a_RF, expert_offsets, w2_EDF, y_RD, _num_ctas(a_RF.device.index))
+    kernel(a_RF, expert_offsets, w2_EDF, y_RD, num_ctas(a_RF.device.index))
 
 
 def dscore_parts(w2_EDF: Tensor, activation: str) -> int:
@@ -154,7 +155,7 @@ def d_hidden(
         dh_RHF,
         a_scaled_RF,
         dscore_NR,
-        _num_ctas(dout_TD.device.index),
+        num_ctas(dout_TD.device.index),
     )
 
 
@@ -170,7 +171,7 @@ def d_input_rows(
     """Kernel 6: writes dX~ = dH [W1; W3]."""
     num_experts, f, d = w1_EFD.shape
     kernel = row_kernel("d_input", d, f, num_experts, w1_EFD.dtype, activation)
-    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, _num_ctas(dh_RHF.device.index))
+    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, num_ctas(dh_RHF.device.index))
 
 
 @functools.cache
@@ -199,7 +200,7 @@ def d_weight2(
     """Kernel 5: writes dW2 = dO[idx]^T A' of every expert."""
     _, d, f = dw2_EDF.shape
     kernel = weight_kernel("d_weight2", d, f, 1, dw2_EDF.dtype)
-    ctas = _num_ctas(dout_TD.device.index)
+    ctas = num_ctas(dout_TD.device.index)
     kernel(dout_TD, token_idx_R, expert_offsets, a_scaled_RF, dw2_EDF, None, ctas)
 
 
@@ -215,7 +216,7 @@ def d_weight13(
     _, f, d = dw1_EFD.shape
     halves = 1 if dw3_EFD is None else 2
     kernel = weight_kernel("d_weight13", d, f, halves, dw1_EFD.dtype)
-    ctas = _num_ctas(x_TD.device.index)
+    ctas = num_ctas(x_TD.device.index)
     kernel(x_TD, token_idx_R, expert_offsets, dh_RHF, dw1_EFD, dw3_EFD, ctas)
 
 

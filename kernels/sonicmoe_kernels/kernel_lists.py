@@ -14,8 +14,6 @@ from sonicmoe_kernels.compile import KernelSpec
 from sonicmoe_kernels.tiles import (
     ROW_TILES,
     Aggregation,
-    ScoreFunction,
-    SoftmaxOrder,
     TopKBackward,
     TopKForward,
     TopKOptions,
@@ -98,19 +96,8 @@ def topk_kernels(options: TopKOptions) -> list[KernelSpec]:
     ]
 
 
-def topk_specs(
-    *,
-    num_experts: int,
-    top_k: int,
-    score_func: ScoreFunction = "softmax",
-    softmax_order: SoftmaxOrder = "before",
-    renormalize: bool = True,
-    has_bias: bool = False,
-) -> list[KernelSpec]:
-    """`topk_kernels` of fp32 logits; none where E or K is too large for the kernels."""
-    options = TopKOptions(
-        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
-    )
+def topk_specs(options: TopKOptions) -> list[KernelSpec]:
+    """`topk_kernels`, but none where E or K is too large for the kernels."""
     return [] if why_illegal_topk(options) is not None else topk_kernels(options)
 
 
@@ -126,24 +113,12 @@ def plan_specs(*, num_experts: int, top_k: int, rounding: str | None = None) -> 
 
 
 def block_specs(
-    *,
-    d: int,
-    f: int,
-    num_experts: int,
-    top_k: int,
-    score_func: ScoreFunction = "softmax",
-    softmax_order: SoftmaxOrder = "before",
-    renormalize: bool = True,
-    has_bias: bool = False,
-    rounding: str | None = None,
+    routing: TopKOptions, *, d: int, f: int, rounding: str | None = None
 ) -> list[KernelSpec]:
     """The stages of the fused block: of token choice and, if given, of one rounding.
 
     None where the block is not fused: it runs by modules then.
     """
-    routing = TopKOptions(
-        num_experts, top_k, "float32", score_func, softmax_order, renormalize, has_bias
-    )
     layers = [BlockLayer(routing, wanted, d, f) for wanted in dict.fromkeys((None, rounding))]
     if why_illegal_block(layers[0]) is not None:
         return []

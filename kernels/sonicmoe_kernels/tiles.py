@@ -488,11 +488,11 @@ class TopKOptions:
 
     num_experts: int
     top_k: int
-    dtype: Literal["float32", "bfloat16"]
-    score_func: ScoreFunction
-    softmax_order: SoftmaxOrder
-    renormalize: bool
-    has_bias: bool
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    score_func: ScoreFunction = "softmax"
+    softmax_order: SoftmaxOrder = "before"
+    renormalize: bool = True
+    has_bias: bool = False
 
     @property
     def over_chosen(self) -> bool:

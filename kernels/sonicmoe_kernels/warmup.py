@@ -20,6 +20,7 @@ from sonicmoe_kernels.compile import ARCH, Built
 from sonicmoe_kernels.kernel_lists import Dtype, plan_specs, specs, topk_specs
 from sonicmoe_kernels.parallel_build import build_all, cores
 from sonicmoe_kernels.rounding import ROUNDINGS
+from sonicmoe_kernels.tiles import TopKOptions
 
 __all__ = ["check_arch", "main", "warm_up"]
 
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
                 dtype=arguments.dtype,
                 activation=arguments.activation,
             )
-            wanted += topk_specs(num_experts=experts, top_k=top_k)
+            wanted += topk_specs(TopKOptions(experts, top_k))
             wanted += plan_specs(num_experts=experts, top_k=top_k, rounding=arguments.rounding)
         warm_up(wanted, jobs=arguments.jobs, arch=arguments.arch)
     except ValueError as error:

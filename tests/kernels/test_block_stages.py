@@ -199,13 +199,11 @@ def test_sizes_that_no_kernel_serves_are_refused(change, words):
     assert words in (why_illegal_block(layer) or "")
     with pytest.raises(ValueError, match=words):
         kernel_cache.compile_kernel(BlockStage("hidden", layer))
-    sizes = {"d": layer.d, "f": layer.f, "num_experts": layer.routing.num_experts, "top_k": 4}
-    assert block_specs(**sizes) == []
+    assert block_specs(layer.routing, d=layer.d, f=layer.f) == []
 
 
 def test_a_run_with_rounding_also_evaluates_by_token_choice():
-    sizes = {"d": 64, "f": 64, "num_experts": E, "top_k": K}
-    found = block_specs(**sizes, rounding="nearest")
+    found = block_specs(ROUTING, d=64, f=64, rounding="nearest")
     assert found == [BlockStage(stage, layer) for layer in (TOPK, NEAREST) for stage in STAGES]
 
 

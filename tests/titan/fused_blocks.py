@@ -14,6 +14,7 @@ import torch
 from sonicmoe_kernels.block import FusedBlock
 from sonicmoe_kernels.kernel_lists import block_specs, plan_specs, specs, topk_specs
 from sonicmoe_kernels.rounding import ROUNDINGS
+from sonicmoe_kernels.tiles import TopKOptions
 from sonicmoe_kernels.warmup import warm_up
 from torch import Tensor, nn
 from torchtitan.config import derive
@@ -128,18 +129,19 @@ def fused_calls() -> Any:
 def kernels(sizes: tuple[int, int, int, int], variant: str, rounding: str | None) -> list[Any]:
     """What a block launches, as one operator and by modules, with token choice and a rounding."""
     (d, f, num_experts, top_k), given = sizes, VARIANTS[variant]
-    routing = {"num_experts": num_experts, "top_k": top_k}
-    scoring = {
-        "score_func": given["score_func"],
-        "softmax_order": given.get("softmax_order", "before"),
-        "renormalize": given.get("route_norm", False),
-        "has_bias": given.get("bias", False),
-    }
+    experts = {"num_experts": num_experts, "top_k": top_k}
+    routing = TopKOptions(
+        **experts,
+        score_func=given["score_func"],
+        softmax_order=given.get("softmax_order", "before"),
+        renormalize=given.get("route_norm", False),
+        has_bias=given.get("bias", False),
+    )
     return [
-        *specs(d=d, f=f, **routing),
-        *topk_specs(**routing, **scoring),
-        *plan_specs(**routing, rounding=rounding),
-        *block_specs(d=d, f=f, **routing, **scoring, rounding=rounding),
+        *specs(d=d, f=f, **experts),
+        *topk_specs(routing),
+        *plan_specs(**experts, rounding=rounding),
+        *block_specs(routing, d=d, f=f, rounding=rounding),
     ]
 
 
