@@ -102,7 +102,7 @@ def with_sources(plan: RoutingPlan, ids_TK: Tensor) -> hopper_routing.PlanTensor
     )
 
 
-def hidden(
+def forward(
     layer: BlockLayer,
     x_BLD: Tensor,
     logits_TE: Tensor,
@@ -113,11 +113,11 @@ def hidden(
     w2: Tensor,
     kept: Tensor,
     scratch: Tensor,
-    y_RD: Tensor,
+    out_BLD: Tensor,
     *rest: Any,
 ) -> None:
-    sums, (scale, tile, sample_stride, counting, num_ctas) = rest[:7], rest[7:]
-    x_TD, routing, rows = x_BLD.flatten(0, 1), layer.routing, y_RD.shape[0]
+    sums, (rows, scale, tile, sample_stride, counting, num_ctas) = rest[:7], rest[7:]
+    x_TD, routing = x_BLD.flatten(0, 1), layer.routing
     tokens = x_TD.shape[0]
     assert num_ctas == NUM_CTAS and (bias_E is not None) == routing.has_bias
     assert (uniform_E is not None) == (layer.rounding in STOCHASTIC)
@@ -147,7 +147,11 @@ def hidden(
     h_RHF = reference.up(x_TD, w1, w3, plan_of(parts))
     a_RF = reference.activate(h_RHF, activation=layer.activation).to(x_TD.dtype)
     parts["h"].copy_(h_RHF)
-    y_RD.copy_(reference.down(a_RF, w2, plan_of(parts)))
+    y_RD = reference.down(a_RF, w2, plan_of(parts))
+    out_TD = reference.aggregate(
+        y_RD, plan_of(parts), weighted=True, rows_per_token=layer.rows_per_token
+    )
+    out_BLD.copy_(out_TD.view_as(out_BLD))
 
 
 def plan_names() -> tuple[str, ...]:
@@ -183,14 +187,6 @@ def count(
     if layer.rounding is not None:
         sums.added_E.add_((rows_E - chosen_E).clamp(min=0))
         sums.change_E.add_(rows_E - chosen_E)
-
-
-def combine(layer: BlockLayer, y_RD: Tensor, kept: Tensor, out_BLD: Tensor) -> None:
-    parts = cut_kept(layer, kept, out_BLD.shape[:2].numel(), y_RD.shape[0])
-    out_TD = reference.aggregate(
-        y_RD, plan_of(parts), weighted=True, rows_per_token=layer.rows_per_token
-    )
-    out_BLD.copy_(out_TD.view_as(out_BLD))
 
 
 def input_gradient(
@@ -271,8 +267,7 @@ def weight_gradients(
 
 
 STAGES: dict[str, Callable[..., None]] = {
-    "hidden": hidden,
-    "combine": combine,
+    "forward": forward,
     "input_gradient": input_gradient,
     "weight_gradients": weight_gradients,
 }

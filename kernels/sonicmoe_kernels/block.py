@@ -86,9 +86,7 @@ class FusedBlock:
         self.layer, self.tile, self.route_scale, self.device = layer, tile, route_scale, device
         stages = [BlockStage(stage, layer) for stage in STAGES]
         make_ready(stages)
-        self.hidden, self.combine, self.input_gradient, self.weight_gradients = (
-            kernel_cache.load(stage) for stage in stages
-        )
+        self.output, self.input_gradient, self.weight_gradients = map(kernel_cache.load, stages)
         self.num_ctas = hopper.num_ctas(device.index)
         self.draws = layer.rounding in STOCHASTIC
         self.reads_logits = layer.rounding is not None or not layer.routing.over_chosen
@@ -175,13 +173,26 @@ class FusedBlock:
         uniform_E = torch.rand(gate_ED.shape[0], device=device) if self.draws else None
         kept = empty(size.kept, dtype=torch.int32, device=device)
         scratch = empty(size.scratch, dtype=torch.int32, device=device)
-        y_RD = empty((size.rows, layer.d), dtype=torch.bfloat16, device=device)
-        inputs, buffers = (logits_TE, bias_E, uniform_E), (kept, scratch, y_RD)
-        numbers = (self.route_scale, self.tile, size.sample_stride, counting, self.num_ctas)
-        self.hidden(x_BLD, *inputs, w1_EFD, w3_EFD, w2_EDF, *buffers, *sums, *numbers)
-        del scratch  # before the output is made, as in hopper_experts
         out_BLD = torch.empty_like(x_BLD)
-        self.combine(y_RD, kept, out_BLD)
+        self.output(
+            x_BLD,
+            logits_TE,
+            bias_E,
+            uniform_E,
+            w1_EFD,
+            w3_EFD,
+            w2_EDF,
+            kept,
+            scratch,
+            out_BLD,
+            *sums,
+            size.rows,
+            self.route_scale,
+            self.tile,
+            size.sample_stride,
+            counting,
+            self.num_ctas,
+        )
         return out_BLD, kept, logits_TE if self.reads_logits else None
 
     def backward(

@@ -1,4 +1,4 @@
-"""The fused block's four stages: what each is compiled for, and where its buffers' parts lie.
+"""The fused block's three stages: what each is compiled for, and where its buffers' parts lie.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, R_max bound on
 routed rows, B blocks of 256 tokens.
@@ -37,7 +37,7 @@ __all__ = [
     "words",
 ]
 
-Stage = Literal["hidden", "combine", "input_gradient", "weight_gradients"]
+Stage = Literal["forward", "input_gradient", "weight_gradients"]
 PART_WORDS = 4  # parts begin at multiples of 16 bytes: what kernels load at once
 ID_WORDS = 2  # of an expert's number, int64
 HALVES_IN_WORD = 2  # bf16 numbers
@@ -83,13 +83,11 @@ class BlockStage:
         only for few tokens.
         """
         match self.stage:
-            case "hidden":
+            case "forward":
                 balance = ("balance",) if self.layer.rounding == "balance" else ()
                 rounding = () if self.layer.rounding is None else (*balance, "token_rounding")
                 plan = ("membership", *rounding, "plan_rows")
-                return ("topk", *plan, "statistics", "up", "down")
-            case "combine":
-                return ("aggregate",)
+                return ("topk", *plan, "statistics", "up", "down", "aggregate")
             case "input_gradient":
                 gate = ("topk_backward", "d_input", "d_weight13")
                 return ("d_hidden", "d_weight2", *gate, "d_input", "aggregate")
@@ -97,7 +95,7 @@ class BlockStage:
                 return ("d_weight13",)
 
 
-STAGES: tuple[Stage, ...] = ("hidden", "combine", "input_gradient", "weight_gradients")
+STAGES: tuple[Stage, ...] = ("forward", "input_gradient", "weight_gradients")
 
 
 def why_illegal_block(layer: BlockLayer) -> str | None:
@@ -134,7 +132,7 @@ def kept_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
 
 
 def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
-    """Words of each part of the forward pass's own buffer; "a" is A, of 16-bit numbers."""
+    """Words of each part of the forward pass's own buffer; "a" is A and "y" is Y, in 16 bits."""
     E, K = layer.routing.num_experts, layer.routing.top_k
     columns = count_columns(E)
     blocks = (tokens + TOKEN_BLOCK - 1) // TOKEN_BLOCK
@@ -142,6 +140,7 @@ def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
         "bits": E * BLOCK_WORDS * blocks,
         "counts": columns * blocks,
         "a": layer.f // HALVES_IN_WORD * rows,
+        "y": layer.d // HALVES_IN_WORD * rows,
     }
     if not layer.routing.over_chosen:
         parts["weights"] = K * tokens

@@ -24,7 +24,6 @@ from sonicmoe_kernels.kernel_lists import block_specs
 from sonicmoe_kernels.tiles import STATISTICS_CTAS, TILE_M, TopKBackward, TopKOptions
 
 from tests.emulated_block import cut
-from tests.kernels.blackwell import compile_for_blackwell
 from tests.kernels.fake_cuda import fake_cuda
 from tests.kernels.sass import read_sass, tools_folder
 
@@ -181,11 +180,6 @@ def test_a_gradient_through_the_plan_is_stored_in_halves_without_spills(routing,
     assert code.stack_bytes <= 8
 
 
-def test_they_also_compile_for_blackwell_where_no_tensor_core_is_used():
-    imports = "from tests.kernels.test_block_stages import NEAREST, BlockStage"
-    compile_for_blackwell("[BlockStage('combine', NEAREST)]", imports=imports)
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"d": 100}, "D=100"), ({"f": 32}, "F=32"), ({"routing": (96, 4)}, "E=96")],
@@ -198,7 +192,7 @@ def test_sizes_that_no_kernel_serves_are_refused(change, words):
     layer = dataclasses.replace(TOPK, **change)
     assert words in (why_illegal_block(layer) or "")
     with pytest.raises(ValueError, match=words):
-        kernel_cache.compile_kernel(BlockStage("hidden", layer))
+        kernel_cache.compile_kernel(BlockStage("forward", layer))
     assert block_specs(layer.routing, d=layer.d, f=layer.f) == []
 
 
@@ -213,13 +207,12 @@ def test_a_run_with_rounding_also_evaluates_by_token_choice():
 def call(stage: str, *, batch: int = 2, length: int = 48, kept: torch.dtype = torch.int32) -> None:
     layer, fp32 = NEAREST, torch.float32
     rows, many = 1000, 2**20
-    x, y = fake_cuda(batch, length, 64), fake_cuda(rows, 64)
+    x = fake_cuda(batch, length, 64)
     w, gate, logits = (fake_cuda(E, 64, 64), fake_cuda(E, 64), fake_cuda(96, E, dtype=fp32))
     buffers = (fake_cuda(many, dtype=kept), fake_cuda(many, dtype=torch.int32))
     sums = [fake_cuda(n, dtype=fp32) for n in (9, STATISTICS_CTAS, E, E, E, E, E)]
     arguments = {
-        "hidden": (x, logits, None, None, w, w, w, *buffers, y, *sums, 1.0, 8, 1, 2, 132),
-        "combine": (y, buffers[0], x),
+        "forward": (x, logits, None, None, w, w, w, *buffers, x, *sums, rows, 1.0, 8, 1, 2, 132),
         "input_gradient": (
             *(x, x, logits, gate, w, w, w, *buffers, w, x, gate),
             *(rows, 1.0, True, 132),
@@ -238,4 +231,4 @@ def test_a_right_call_is_stopped_by_the_missing_gpu_alone(stage):
 
 def test_a_buffer_of_another_dtype_is_refused():
     with pytest.raises((TypeError, ValueError), match="expected dtype=int32"):
-        call("combine", kept=torch.int64)
+        call("weight_gradients", kept=torch.int64)

@@ -87,7 +87,7 @@ def test_evaluation_rounds_and_counts_nothing(calls, router):
     module = build(**ROUTERS[router]).eval()
     expected = run(by_modules(module), tokens())
     found = run(module, tokens())
-    assert calls and all(a[-2] == fused.NOTHING for stage, a in calls if stage == "hidden")
+    assert calls and all(a[-2] == fused.NOTHING for stage, a in calls if stage == "forward")
     assert_alike(found, expected)
     assert found["choices"].sum() == found["tokens"] == 0
 
@@ -121,7 +121,7 @@ def test_recomputation_counts_choices_alone_as_the_modules_do(calls):
     for each in (module, other):
         x_BLD = tokens()
         checkpoint(each, x_BLD, use_reentrant=False).backward(torch.ones_like(x_BLD))
-    assert [a[-2] for stage, a in calls if stage == "hidden"] == [fused.EVERYTHING, fused.CHOICES]
+    assert [a[-2] for stage, a in calls if stage == "forward"] == [fused.EVERYTHING, fused.CHOICES]
     assert torch.equal(module.tokens_per_expert_E, other.tokens_per_expert_E)
     assert torch.equal(module.stats.load_E, other.stats.load_E)
 

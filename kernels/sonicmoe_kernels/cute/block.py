@@ -1,4 +1,4 @@
-"""The four stages of the fused MoE block: each launches several kernels, one after the other.
+"""The three stages of the fused MoE block: each launches several kernels, one after the other.
 
 Nothing is computed here that the kernels' own objects do not compute. What this saves is the host's
 time: one call from Python instead of one for each kernel, and no tensor object for what lies
@@ -120,8 +120,8 @@ class Stage:
         return buffer.part(name, element, (tokens, self.K))
 
 
-class Hidden(Stage):
-    """From the logits to H and Y: top-k, plan, statistics, up, down."""
+class Forward(Stage):
+    """From the logits to the output: top-k, plan, statistics, up, down, aggregation."""
 
     def __init__(self, layer: BlockLayer):
         super().__init__(layer)
@@ -135,6 +135,7 @@ class Hidden(Stage):
         self.token_rounding = TokenRounding(RoutingKernel("token_rounding", rounding=rounding))
         self.statistics = Statistics(layer.routing)
         self.up, self.down = instance_of(self.pick_rows("up")), instance_of(self.pick_rows("down"))
+        self.aggregate = self.aggregation(weighted=True)
 
     @cute.jit
     def __call__(
@@ -148,7 +149,7 @@ class Hidden(Stage):
         mW2_EDF: cute.Tensor,
         mKept: cute.Tensor,
         mScratch: cute.Tensor,
-        mY_RD: cute.Tensor,
+        mOut_BLD: cute.Tensor,
         mPasses: cute.Tensor,
         mEntropy_P: cute.Tensor,
         mLoad_E: cute.Tensor,
@@ -156,6 +157,7 @@ class Hidden(Stage):
         mAdded_E: cute.Tensor,
         mChange_E: cute.Tensor,
         mChoices_E: cute.Tensor,
+        rows: Int32,
         scale: Float32,
         tile: Int32,
         sample_stride: Int32,
@@ -164,7 +166,7 @@ class Hidden(Stage):
         stream: CUstream,
     ):
         E, rounding, mX_TD = self.E, self.layer.rounding, self.flat(mX_BLD)
-        tokens, rows = mX_TD.shape[0], mY_RD.shape[0]
+        tokens = mX_TD.shape[0]
         kept = self.kept(mKept, tokens, rows)
         scratch = Buffer(mScratch, scratch_parts(self.layer, Int64(tokens), Int64(rows)))
         mIds_TK = self.chosen(kept, "ids", tokens, Int64)
@@ -192,7 +194,9 @@ class Hidden(Stage):
             tables = (mKeys, mBits, mCounts, mAddable)
             self.token_rounding.launch(*tables, mUniform_E, mGoUp_E, mBefore_E, tile, stream)
         mTokenIdx_R = self.rows_of(kept, "token_idx", rows)
-        mOffsets = self.expert_offsets(kept)
+        mScore_R = self.rows_of(kept, "score", rows, Float32)
+        mTokenRows_R = self.rows_of(kept, "token_rows", rows)
+        mOffsets, mTokenOffsets = self.expert_offsets(kept), self.token_offsets(kept, tokens)
         self.plan_rows(
             mIds_TK,
             mWeights_TK,
@@ -200,11 +204,11 @@ class Hidden(Stage):
             mBits,
             mCounts,
             mTokenIdx_R,
-            self.rows_of(kept, "score", rows, Float32),
+            mScore_R,
             self.rows_of(kept, "source", rows),
             mOffsets,
-            self.token_offsets(kept, tokens),
-            self.rows_of(kept, "token_rows", rows),
+            mTokenOffsets,
+            mTokenRows_R,
             stream,
         )
         sums = Sums(mPasses, mEntropy_P, mLoad_E, mTiles_E, mAdded_E, mChange_E, mChoices_E)
@@ -214,30 +218,12 @@ class Hidden(Stage):
                 mLogits_TE, mOffsets, mBefore_E, sums, sample_stride, first_pass, stream
             )
         mA_RF = scratch.part("a", BFloat16, (rows, self.layer.f))
+        mY_RD = scratch.part("y", BFloat16, (rows, self.layer.d))
         mH_RHF = self.h(kept, rows)
         self.up(mX_TD, mTokenIdx_R, mOffsets, mW1_EFD, mW3_EFD, mH_RHF, mA_RF, num_ctas, stream)
         self.down(mA_RF, mOffsets, mW2_EDF, mY_RD, num_ctas, stream)
-
-
-class Combine(Stage):
-    """From Y to the output: each token's rows times their scores."""
-
-    def __init__(self, layer: BlockLayer):
-        super().__init__(layer)
-        self.aggregate = self.aggregation(weighted=True)
-
-    @cute.jit
-    def __call__(
-        self, mY_RD: cute.Tensor, mKept: cute.Tensor, mOut_BLD: cute.Tensor, stream: CUstream
-    ):
+        offsets = mTokenOffsets if const_expr(self.layer.rows_per_token is None) else None
         mOut_TD = self.flat(mOut_BLD)
-        tokens, rows = mOut_TD.shape[0], mY_RD.shape[0]
-        kept = self.kept(mKept, tokens, rows)
-        offsets = None
-        if const_expr(self.layer.rows_per_token is None):
-            offsets = self.token_offsets(kept, tokens)
-        mTokenRows_R = self.rows_of(kept, "token_rows", rows)
-        mScore_R = self.rows_of(kept, "score", rows, Float32)
         self.aggregate(mY_RD, mTokenRows_R, offsets, mScore_R, None, mOut_TD, stream)
 
 

@@ -19,8 +19,7 @@ from sonicmoe_kernels.tiles import STATISTICS_CTAS
 
 ALIGN = 16  # bytes, of every tensor: what TMA and the widest loads need
 CLASSES: dict[str, Callable[..., Any]] = {
-    "hidden": block.Hidden,
-    "combine": block.Combine,
+    "forward": block.Forward,
     "input_gradient": block.InputGradient,
     "weight_gradients": block.WeightGradients,
 }
@@ -43,8 +42,8 @@ def arguments(spec: BlockStage) -> tuple:
     """Stand-ins for a stage's arguments, in the order of its call, without the stream."""
     layer, half = spec.layer, cutlass.BFloat16
     E, d, f, gated = layer.routing.num_experts, layer.d, layer.f, halves_of(layer) == 2
-    batch, length, tokens, rows, experts = (cute.sym_int() for _ in range(5))
-    x, y = dense(half, batch, length, d), dense(half, rows, d)
+    batch, length, tokens, experts = (cute.sym_int() for _ in range(4))
+    x = dense(half, batch, length, d)
     w1, w2 = dense(half, E, f, d), dense(half, E, d, f)
     w3 = w1 if gated else None
     dw1, dw2 = dense(half, experts, f, d), dense(half, experts, d, f)
@@ -52,14 +51,12 @@ def arguments(spec: BlockStage) -> tuple:
     kept, scratch = dense(Int32, cute.sym_int64()), dense(Int32, cute.sym_int64())
     number = Int32(0)
     match spec.stage:
-        case "hidden":
+        case "forward":
             bias = dense(Float32, E) if layer.routing.has_bias else None
             uniform = given(E) if layer.rounding in STOCHASTIC else None
             sums = (given(cute.sym_int()), given(STATISTICS_CTAS), *(given(E) for _ in range(5)))
-            numbers = (Float32(1.0), *(number for _ in range(4)))
-            return x, logits, bias, uniform, w1, w3, w2, kept, scratch, y, *sums, *numbers
-        case "combine":
-            return y, kept, x
+            numbers = (number, Float32(1.0), *(number for _ in range(4)))
+            return x, logits, bias, uniform, w1, w3, w2, kept, scratch, x, *sums, *numbers
         case "input_gradient":
             read = logits if block.topk_gradient(layer).reads_logits else None
             outputs, numbers = (dw2, x, gate), (number, Float32(1.0), number, number)
