@@ -150,7 +150,7 @@ STUDIES = {
     "h100": Study(
         config=CONFIGS / "token_rounding.toml",
         step_tokens=32768,
-        tokens=512 * 32768,
+        tokens=2048 * 32768,
         validation_tokens=16 * 32768,
         validations=8,
         groups={

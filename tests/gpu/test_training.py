@@ -54,6 +54,18 @@ ACCUMULATED = {"training.global_batch_size": 64, "training.local_batch_size": 16
 ACCUMULATED_RUNS = {
     f"4 microbatches, {name}": RUNS[name] | ACCUMULATED for name in ("torch", "hopper")
 }
+# What the fused operator serves: no auxiliary losses, experts a multiple of 64.
+FUSIBLE = {"model.num_experts": 64, "model.aux_loss_coeff": 0, "model.z_loss_coeff": 0}
+FUSED = HOPPER | FUSIBLE | {"model.fused_block": True}
+FUSED_RUNS = {
+    "64 experts, torch": FUSIBLE,
+    "64 experts, fused": FUSED,
+    "64 experts, fused, CUDA graphs": FUSED | GRAPHS,
+    "64 experts, fused, full checkpointing": FUSED | {"activation_checkpoint.kind": "full"},
+    "64 experts, fused, no CUDA memory cache": FUSED,
+    "64 experts, top-k torch": FUSIBLE | {"model.router": "topk"},
+    "64 experts, top-k fused": FUSED | {"model.router": "topk"},
+}
 
 
 def _free_port() -> int:
@@ -97,7 +109,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
         pytest.skip("needs compute capability 9.0")
     folder = tmp_path_factory.mktemp("runs")
     options = RUNS | {name: o | {"model.router": "topk"} for name, o in TOPK_RUNS.items()}
-    options |= ACCUMULATED_RUNS
+    options |= ACCUMULATED_RUNS | FUSED_RUNS
     processes = {name: _start(name, run, folder) for name, run in options.items()}
     records = {}
     for name, process in processes.items():
@@ -111,6 +123,8 @@ PAIRS = (
     *((name, "torch") for name in RUNS if name != "torch"),
     ("top-k hopper", "top-k torch"),
     ("4 microbatches, hopper", "4 microbatches, torch"),
+    *((name, "64 experts, torch") for name in FUSED_RUNS if ", fused" in name),
+    ("64 experts, top-k fused", "64 experts, top-k torch"),
 )
 
 
