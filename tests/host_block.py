@@ -63,7 +63,7 @@ class HostBlocks:
     def __init__(self, router: str, *, count: int = 1) -> None:
         args = ModelArgs(
             num_layers=count,
-            num_heads=24,
+            num_heads=D // 64,
             dim=D,
             expert_dim=F,
             num_experts=E,
