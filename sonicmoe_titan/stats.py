@@ -156,4 +156,4 @@ def collect(model_parts: Sequence[nn.Module]) -> list[tuple[int, RouterStats]]:
 
 def _blocks(part: nn.Module) -> Iterable[tuple[str, nn.Module]]:
     layers = getattr(part, "layers", None)
-    return () if layers is None else layers.items()
+    return layers.items() if isinstance(layers, nn.ModuleDict) else ()

@@ -202,10 +202,9 @@ def input_gradient(
     scratch: Tensor,
     dw2: Tensor,
     dx_BLD: Tensor,
-    dgate_ED: Tensor,
+    dgate_ED: Tensor | None,
     rows: int,
     scale: float,
-    with_gate_weight: bool,
     num_ctas: int,
 ) -> None:
     dout_TD, x_TD = dout_BLD.flatten(0, 1), x_BLD.flatten(0, 1)
@@ -242,7 +241,7 @@ def input_gradient(
     halves_T2E[:, 0] = dlogits_TE
     halves_T2E[:, 1] = dlogits_TE - halves_T2E[:, 0].float()
     summed_TE = halves_T2E.double().sum(1)
-    if with_gate_weight:
+    if dgate_ED is not None:
         dgate_ED.copy_(summed_TE.T @ x_TD.double())
     dx_RD = reference.d_input_rows(dh_RHF, w1, w3, plan).double()
     dx_TD = reference.aggregate(dx_RD, plan, weighted=False, rows_per_token=layer.rows_per_token)
@@ -266,8 +265,15 @@ def weight_gradients(
         out.copy_(result)
 
 
+def gradients(layer: BlockLayer, dout_BLD: Tensor, x_BLD: Tensor, *rest: Any) -> None:
+    *inputs, dw1, dw3, rows, scale, num_ctas = rest
+    input_gradient(layer, dout_BLD, x_BLD, *inputs, rows, scale, num_ctas)
+    weight_gradients(layer, x_BLD, inputs[5], dw1, dw3, rows, num_ctas)
+
+
 STAGES: dict[str, Callable[..., None]] = {
     "forward": forward,
+    "gradients": gradients,
     "input_gradient": input_gradient,
     "weight_gradients": weight_gradients,
 }

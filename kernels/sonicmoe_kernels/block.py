@@ -43,8 +43,9 @@ __all__ = ["ALIGN", "FEW_TOKENS", "FusedBlock", "fused_block"]
 
 ALIGN = 16  # bytes; every tensor given here begins at a multiple, as TMA and wide loads need
 FEW_TOKENS = 2048
-"""Up to so many the gate's gradient is a kernel of ours: a CTA for each 128 of D, which takes
-2T / 64 turns; beyond, cuBLAS splits the sum over T and is faster than we save in host time."""
+"""Up to so many all gradients are one stage, whose buffer is small beside them. The gate's is a
+kernel of ours there: a CTA for each 128 of D, which takes 2T / 64 turns; beyond, cuBLAS splits the
+sum over T and is faster than we save in host time."""
 
 REFUSAL = (
     "the MoE block has no second derivative: its backward recomputes activations in fused kernels. "
@@ -86,7 +87,9 @@ class FusedBlock:
         self.layer, self.tile, self.route_scale, self.device = layer, tile, route_scale, device
         stages = [BlockStage(stage, layer) for stage in STAGES]
         make_ready(stages)
-        self.output, self.input_gradient, self.weight_gradients = map(kernel_cache.load, stages)
+        self.output, self.gradients, self.input_gradient, self.weight_gradients = map(
+            kernel_cache.load, stages
+        )
         self.num_ctas = hopper.num_ctas(device.index)
         self.draws = layer.rounding in STOCHASTIC
         self.reads_logits = layer.rounding is not None or not layer.routing.over_chosen
@@ -210,18 +213,19 @@ class FusedBlock:
         like, num_tokens = torch.empty_like, x_BLD.shape[0] * x_BLD.shape[1]
         size = self._sizes[num_tokens]
         assert size is not None
-        few = num_tokens <= FEW_TOKENS
         scratch = torch.empty(size.gradient, dtype=torch.int32, device=self.device)
         dw2_EDF, dx_BLD, dgate_ED = like(w2_EDF), like(x_BLD), like(gate_ED)
-        weights, outputs = (gate_ED, w1_EFD, w3_EFD, w2_EDF), (dw2_EDF, dx_BLD, dgate_ED)
-        numbers = (size.rows, self.route_scale, few, self.num_ctas)
-        self.input_gradient(dout_BLD, x_BLD, logits_TE, *weights, kept, scratch, *outputs, *numbers)
-        if not few:
+        inputs = (dout_BLD, x_BLD, logits_TE, gate_ED, w1_EFD, w3_EFD, w2_EDF, kept, scratch)
+        numbers = (size.rows, self.route_scale, self.num_ctas)
+        if num_tokens <= FEW_TOKENS:
+            dw1_EFD, dw3_EFD = like(w1_EFD), None if w3_EFD is None else like(w3_EFD)
+            self.gradients(*inputs, dw2_EDF, dx_BLD, dgate_ED, dw1_EFD, dw3_EFD, *numbers)
+        else:
+            self.input_gradient(*inputs, dw2_EDF, dx_BLD, None, *numbers)
             _gate_gradient(scratch, x_BLD.view(-1, self.layer.d), dgate_ED)
-        del scratch  # before the greatest gradients are made, as in hopper_experts
-        dw1_EFD = like(w1_EFD)
-        dw3_EFD = None if w3_EFD is None else like(w3_EFD)
-        self.weight_gradients(x_BLD, kept, dw1_EFD, dw3_EFD, size.rows, self.num_ctas)
+            del inputs, scratch  # before the greatest gradients are made, as in hopper_experts
+            dw1_EFD, dw3_EFD = like(w1_EFD), None if w3_EFD is None else like(w3_EFD)
+            self.weight_gradients(x_BLD, kept, dw1_EFD, dw3_EFD, size.rows, self.num_ctas)
         return dx_BLD, dgate_ED, dw1_EFD, dw3_EFD, dw2_EDF
 
 

@@ -1,12 +1,13 @@
-"""The fused block's three stages: what each is compiled for, and where its buffers' parts lie.
+"""The fused block's stages: what each is compiled for, and where its buffers' parts lie.
 
 Legend: T tokens, D model width, F expert width, E experts, K experts per token, R_max bound on
 routed rows, B blocks of 256 tokens.
 
-A stage launches several kernels from compiled code. The small tensors between them are parts of two
-buffers of 32-bit words, one kept for backward and one that only the forward pass needs. Both the
-host, which allocates, and the compiled code, which cuts, ask the same functions here; their numbers
-may be Python's or the compiler's.
+A stage launches several kernels from compiled code. A pass has one stage; backward has two for
+many tokens, so that its buffer is gone before the greatest gradients are made. The small tensors
+between kernels are parts of buffers of 32-bit words, one kept for backward and one of each pass.
+Both the host, which allocates, and the compiled code, which cuts, ask the same functions here;
+their numbers may be Python's or the compiler's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
     "words",
 ]
 
-Stage = Literal["forward", "input_gradient", "weight_gradients"]
+Stage = Literal["forward", "gradients", "input_gradient", "weight_gradients"]
 PART_WORDS = 4  # parts begin at multiples of 16 bytes: what kernels load at once
 ID_WORDS = 2  # of an expert's number, int64
 HALVES_IN_WORD = 2  # bf16 numbers
@@ -79,23 +80,23 @@ class BlockStage:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """The kernels, in order; "statistics" only where somebody counts, the gate's "d_weight13"
-        only for few tokens.
-        """
+        """The kernels, in order; "statistics" only where somebody counts."""
+        input_gradient = ("d_hidden", "d_weight2", "topk_backward", "d_input")
         match self.stage:
             case "forward":
                 balance = ("balance",) if self.layer.rounding == "balance" else ()
                 rounding = () if self.layer.rounding is None else (*balance, "token_rounding")
                 plan = ("membership", *rounding, "plan_rows")
                 return ("topk", *plan, "statistics", "up", "down", "aggregate")
+            case "gradients":  # the first "d_weight13" is the gate's
+                return (*input_gradient, "d_weight13", "d_input", "aggregate", "d_weight13")
             case "input_gradient":
-                gate = ("topk_backward", "d_input", "d_weight13")
-                return ("d_hidden", "d_weight2", *gate, "d_input", "aggregate")
+                return (*input_gradient, "d_input", "aggregate")
             case "weight_gradients":
                 return ("d_weight13",)
 
 
-STAGES: tuple[Stage, ...] = ("forward", "input_gradient", "weight_gradients")
+STAGES: tuple[Stage, ...] = ("forward", "gradients", "input_gradient", "weight_gradients")
 
 
 def why_illegal_block(layer: BlockLayer) -> str | None:
@@ -155,7 +156,7 @@ def scratch_parts(layer: BlockLayer, tokens: Any, rows: Any) -> dict[str, Any]:
 
 
 def gradient_parts(layer: BlockLayer, tokens: Any, rows: Any, score_parts: int) -> dict[str, Any]:
-    """Words of each part of the buffer of the backward's first stage.
+    """Words of each part of the backward pass's own buffer.
 
     The logits' gradient in two bf16 halves (T, 2, E), first; the gate's product seen as an
     expert's: the tokens of its 2T rows, and where these start and end; dS in parts; and A', whose

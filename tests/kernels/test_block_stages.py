@@ -211,12 +211,11 @@ def call(stage: str, *, batch: int = 2, length: int = 48, kept: torch.dtype = to
     w, gate, logits = (fake_cuda(E, 64, 64), fake_cuda(E, 64), fake_cuda(96, E, dtype=fp32))
     buffers = (fake_cuda(many, dtype=kept), fake_cuda(many, dtype=torch.int32))
     sums = [fake_cuda(n, dtype=fp32) for n in (9, STATISTICS_CTAS, E, E, E, E, E)]
+    backward = (x, x, logits, gate, w, w, w, *buffers)
     arguments = {
         "forward": (x, logits, None, None, w, w, w, *buffers, x, *sums, rows, 1.0, 8, 1, 2, 132),
-        "input_gradient": (
-            *(x, x, logits, gate, w, w, w, *buffers, w, x, gate),
-            *(rows, 1.0, True, 132),
-        ),
+        "gradients": (*backward, w, x, gate, w, w, rows, 1.0, 132),
+        "input_gradient": (*backward, w, x, None, rows, 1.0, 132),
         "weight_gradients": (x, buffers[0], w, w, rows, 132),
     }
     kernel_cache.load(BlockStage(stage, layer))(*arguments[stage])

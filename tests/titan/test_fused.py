@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from sonicmoe_kernels import block as fused_kernels
-from sonicmoe_kernels.block_stages import STAGES
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,7 +61,7 @@ def test_output_gradients_and_statistics_are_those_of_the_modules(calls, variant
     expected = run(by_modules(module), tokens())
     assert calls == []
     found = run(module, tokens())
-    assert [stage for stage, _ in calls] == 2 * list(STAGES)
+    assert [stage for stage, _ in calls] == 2 * ["forward", "gradients"]
     assert_alike(found, expected)
 
 
@@ -79,7 +78,8 @@ def test_the_gate_gradient_of_many_tokens_comes_from_torch(calls, monkeypatch):
     module = build()
     expected = run(by_modules(module), tokens())
     assert_alike(run(module, tokens()), expected)
-    assert not any(arguments[-2] for stage, arguments in calls if stage == "input_gradient")
+    stages = ["forward", "input_gradient", "weight_gradients"]
+    assert [stage for stage, _ in calls] == 2 * stages
 
 
 @pytest.mark.parametrize("router", ["topk", "nearest"])
@@ -147,7 +147,7 @@ def test_a_second_derivative_is_refused_and_leaves_h_alone(calls):
 def test_a_gradient_that_kernels_cannot_read_is_copied(calls):
     module, x_BLD = build(), tokens()
     (dx,) = torch.autograd.grad(module(x_BLD).sum(), x_BLD)  # of a sum: one number seen as all
-    dout_TD = calls[2][1][0]
+    dout_TD = calls[1][1][0]
     assert dout_TD.is_contiguous() and dout_TD.data_ptr() % fused_kernels.ALIGN == 0
     (expected,) = torch.autograd.grad(by_modules(module)(x_BLD).sum(), x_BLD)
     assert_alike({"x": dx}, {"x": expected})

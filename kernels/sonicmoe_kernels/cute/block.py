@@ -1,4 +1,4 @@
-"""The three stages of the fused MoE block: each launches several kernels, one after the other.
+"""The stages of the fused MoE block: each launches several kernels, one after the other.
 
 Nothing is computed here that the kernels' own objects do not compute. What this saves is the host's
 time: one call from Python instead of one for each kernel, and no tensor object for what lies
@@ -228,7 +228,7 @@ class Forward(Stage):
 
 
 class InputGradient(Stage):
-    """From the output's gradient to dX, dW2, the gate's gradient, and dH, which takes H's place.
+    """From the output's gradient to dX, dW2, the gate's if wanted, and dH, which takes H's place.
 
     The gate is an expert of its own here. Its share of dX is that of an expert whose two weights
     are both the gate and whose dH are the two halves of the logits' gradient; its weight's gradient
@@ -260,10 +260,9 @@ class InputGradient(Stage):
         mScratch: cute.Tensor,
         mDW2_EDF: cute.Tensor,
         mDX_BLD: cute.Tensor,
-        mDGate_ED: cute.Tensor,
+        mDGate_ED: cute.Tensor | None,
         rows: Int32,
         scale: Float32,
-        with_gate_weight: Int32,
         num_ctas: Int32,
         stream: CUstream,
     ):
@@ -309,13 +308,14 @@ class InputGradient(Stage):
             None, None, plan, mIds_TK, mWeights_TK, mLogits_TE, mHalves, scale, stream
         )
         one = cute.make_layout((1, E, d), stride=(E * d, d, 1))
-        mGate, mDGate = (cute.make_tensor(m.iterator, one) for m in (mGate_ED, mDGate_ED))
+        mGate = cute.make_tensor(mGate_ED.iterator, one)
         mHalves = scratch.part("halves", BFloat16, (tokens, 2, E))
         mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2))
         self.gate_input(mHalves, mSpan, mGate, mGate, mDX_TD, num_ctas, stream)
-        mHalves = scratch.part("halves", BFloat16, (2 * tokens, 1, E))
-        mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2, stride=2))
-        if with_gate_weight != 0:
+        if const_expr(mDGate_ED is not None):
+            mDGate = cute.make_tensor(mDGate_ED.iterator, one)
+            mHalves = scratch.part("halves", BFloat16, (2 * tokens, 1, E))
+            mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2, stride=2))
             self.gate_weight(mX_TD, mGateRows, mSpan, mHalves, mDGate, None, num_ctas, stream)
         mDX_RD = scratch.part("rows", BFloat16, (rows, d))
         self.d_input(mH_RHF, mOffsets, mW1_EFD, mW3_EFD, mDX_RD, num_ctas, stream)
@@ -349,3 +349,52 @@ class WeightGradients(Stage):
         mTokenIdx_R, mOffsets = self.rows_of(kept, "token_idx", rows), self.expert_offsets(kept)
         mDH = self.h(kept, rows)
         self.d_weight13(mX_TD, mTokenIdx_R, mOffsets, mDH, mDW1_EFD, mDW3_EFD, num_ctas, stream)
+
+
+class Gradients:
+    """Both of the above, one after the other: all gradients in one call."""
+
+    def __init__(self, layer: BlockLayer):
+        self.input_gradient, self.weight_gradients = InputGradient(layer), WeightGradients(layer)
+
+    @cute.jit
+    def __call__(
+        self,
+        mDOut_BLD: cute.Tensor,
+        mX_BLD: cute.Tensor,
+        mLogits_TE: cute.Tensor | None,
+        mGate_ED: cute.Tensor,
+        mW1_EFD: cute.Tensor,
+        mW3_EFD: cute.Tensor | None,
+        mW2_EDF: cute.Tensor,
+        mKept: cute.Tensor,
+        mScratch: cute.Tensor,
+        mDW2_EDF: cute.Tensor,
+        mDX_BLD: cute.Tensor,
+        mDGate_ED: cute.Tensor,
+        mDW1_EFD: cute.Tensor,
+        mDW3_EFD: cute.Tensor | None,
+        rows: Int32,
+        scale: Float32,
+        num_ctas: Int32,
+        stream: CUstream,
+    ):
+        self.input_gradient(
+            mDOut_BLD,
+            mX_BLD,
+            mLogits_TE,
+            mGate_ED,
+            mW1_EFD,
+            mW3_EFD,
+            mW2_EDF,
+            mKept,
+            mScratch,
+            mDW2_EDF,
+            mDX_BLD,
+            mDGate_ED,
+            rows,
+            scale,
+            num_ctas,
+            stream,
+        )
+        self.weight_gradients(mX_BLD, mKept, mDW1_EFD, mDW3_EFD, rows, num_ctas, stream)

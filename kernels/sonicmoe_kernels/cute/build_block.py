@@ -20,6 +20,7 @@ from sonicmoe_kernels.tiles import STATISTICS_CTAS
 ALIGN = 16  # bytes, of every tensor: what TMA and the widest loads need
 CLASSES: dict[str, Callable[..., Any]] = {
     "forward": block.Forward,
+    "gradients": block.Gradients,
     "input_gradient": block.InputGradient,
     "weight_gradients": block.WeightGradients,
 }
@@ -47,6 +48,7 @@ def arguments(spec: BlockStage) -> tuple:
     w1, w2 = dense(half, E, f, d), dense(half, E, d, f)
     w3 = w1 if gated else None
     dw1, dw2 = dense(half, experts, f, d), dense(half, experts, d, f)
+    dw3 = dw1 if gated else None
     gate, logits = dense(half, E, d), dense(Float32, tokens, E)
     kept, scratch = dense(Int32, cute.sym_int64()), dense(Int32, cute.sym_int64())
     number = Int32(0)
@@ -57,12 +59,13 @@ def arguments(spec: BlockStage) -> tuple:
             sums = (given(cute.sym_int()), given(STATISTICS_CTAS), *(given(E) for _ in range(5)))
             numbers = (number, Float32(1.0), *(number for _ in range(4)))
             return x, logits, bias, uniform, w1, w3, w2, kept, scratch, x, *sums, *numbers
-        case "input_gradient":
+        case "gradients" | "input_gradient":
             read = logits if block.topk_gradient(layer).reads_logits else None
-            outputs, numbers = (dw2, x, gate), (number, Float32(1.0), number, number)
-            return x, x, read, gate, w1, w3, w2, kept, scratch, *outputs, *numbers
+            inputs, numbers = (x, x, read, gate, w1, w3, w2), (number, Float32(1.0), number)
+            outputs = (dw2, x, None) if spec.stage == "input_gradient" else (dw2, x, gate, dw1, dw3)
+            return *inputs, kept, scratch, *outputs, *numbers
         case "weight_gradients":
-            return x, kept, dw1, dw1 if gated else None, number, number
+            return x, kept, dw1, dw3, number, number
 
 
 def build(spec: BlockStage) -> Any:
