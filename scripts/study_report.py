@@ -168,7 +168,8 @@ def describe(group: list[dict]) -> str:
     """What ran, from the records themselves."""
     first = group[0]
     dates = sorted({record["date"] for record in group})
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    installed = {name: v for name, v in first["versions"].items() if v != "unknown"}
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     sizes = sorted({(r["parameters"], r["active_parameters"]) for r in group})
     models = " and ".join(
         f"{plots.count(total)} parameters ({plots.count(active)} active)" for total, active in sizes
@@ -211,8 +212,9 @@ def draw_losses(runs: Runs, path: Path) -> Path:
     with plots.figure(path, caption=caption(runs)) as (_, axes):
         for index, arm in enumerate(sorted(runs, key=order)):
             records = list(runs[arm].values())
-            losses = curves(records, lambda r: r["validation_losses"])
-            _band(axes, tokens_axis(records[0]), losses, index, label(arm))
+            # without the first step's, that of the initial weights
+            losses = curves(records, lambda r: r["validation_losses"][1:])
+            _band(axes, tokens_axis(records[0])[1:], losses, index, label(arm))
         axes.set(title="Validation loss, top-k routing", xlabel="tokens", ylabel="nats per token")
         plots.format_axis(axes.xaxis, plots.count)
         axes.legend()
@@ -257,7 +259,8 @@ def _band(axes, tokens: list[float], values: list[list[float]], index: int, name
 
 
 def label(arm: Arm) -> str:
-    tiles = "" if arm.routing == TOKEN_CHOICE else f", {arm.ratio} tiles of {arm.tile}"
+    plural = "" if arm.ratio == 1 else "s"
+    tiles = "" if arm.routing == TOKEN_CHOICE else f", {arm.ratio} tile{plural} of {arm.tile}"
     return f"{LABELS[arm.routing]}{tiles} (E {arm.num_experts}, K {arm.top_k})"
 
 
