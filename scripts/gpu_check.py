@@ -80,9 +80,19 @@ VARIANTS = {
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),
-    "d_weight2": (WeightTile(256, 4, 2),),
-    "d_weight13": (WeightTile(256, 4, 2),),
+    "d_weight2": (WeightTile(256, 4, 2), WeightTile(256, 4, 2, short_end=True)),
+    "d_weight13": (WeightTile(256, 4, 2), WeightTile(256, 4, 2, short_end=True)),
 }
+
+
+def weight_tiles() -> list[tuple[str, WeightTile]]:
+    """(kernel, tile) of every challenger of the weight gradients' picks at wide layers."""
+    return [
+        (kernel, tile)
+        for kernel in ("d_weight2", "d_weight13")
+        for tile in VARIANTS[kernel]
+        if isinstance(tile, WeightTile)
+    ]
 
 
 def row_tiles() -> list[tuple[str, RowTile]]:

@@ -16,7 +16,9 @@ import torch
 from sonicmoe_kernels import hopper
 from torch import Tensor
 
+from scripts.gpu_check import weight_tiles
 from tests.cases import EDGE_COUNTS
+from tests.gpu.row_kernels import forced_tile
 from tests.oracle import CALC_DIFF_BOUND, calc_diff
 
 GARBAGE_ROWS = 300
@@ -119,6 +121,14 @@ def _exact_reference():
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradients_match_fp32_on_every_routing(routing, outputs):
     check(make_problem(ROUTINGS[routing], 1536, 256, OUTPUTS[outputs]), routing)
+
+
+@pytest.mark.parametrize(("kernel", "tile"), weight_tiles(), ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_tile_is_right_on_every_routing(routing, kernel, tile):
+    problem = make_problem(ROUTINGS[routing], 1536, 256, 0 if kernel == "d_weight2" else 2)
+    with forced_tile(kernel, tile):
+        check(problem, f"{tile} {routing}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

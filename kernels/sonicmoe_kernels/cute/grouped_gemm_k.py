@@ -50,6 +50,15 @@ STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
 PRODUCER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
+BLOCK = 16  # rows of one wgmma
+BLOCKS = TILE_K // BLOCK
+
+
+@cute.jit
+def blocks_of_last(rows: Int32) -> Int32:
+    """Blocks that the last k tile of an expert with rows has to multiply, 1 to BLOCKS."""
+    rest = rows - (rows - 1) // TILE_K * TILE_K
+    return (rest + (BLOCK - 1)) // BLOCK
 
 
 class Walk(NamedTuple):
@@ -105,6 +114,7 @@ class GroupedGemmK:
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
         self.cluster = gemm.tile.cluster
+        self.short_end = gemm.tile.short_end
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
@@ -418,7 +428,8 @@ class GroupedGemmK:
             cute.arch.fence_proxy("async.shared", space="cta")
             self.multiply(mma, rSum, tCrG, tCrS, state.index, True)
             state.advance()
-            for _ in cutlass.range(1, self.k_tiles(work.rows), unroll=1):
+            k_tiles = self.k_tiles(work.rows)
+            for _ in cutlass.range(1, k_tiles - int(self.short_end), unroll=1):
                 ring.consumer_wait(state)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 self.multiply(mma, rSum, tCrG, tCrS, state.index, False)
@@ -426,6 +437,18 @@ class GroupedGemmK:
                 ring.consumer_release(release)
                 release.advance()
                 state.advance()
+            if const_expr(self.short_end):  # noqa: SIM102
+                if k_tiles > 1:
+                    ring.consumer_wait(state)
+                    cute.arch.fence_proxy("async.shared", space="cta")
+                    blocks = blocks_of_last(work.rows)
+                    for count in cutlass.range_constexpr(1, BLOCKS + 1):
+                        if blocks == count:
+                            self.multiply(mma, rSum, tCrG, tCrS, state.index, False, count)
+                    warpgroup.wait_group(1)
+                    ring.consumer_release(release)
+                    release.advance()
+                    state.advance()
             warpgroup.wait_group(0)
             ring.consumer_release(release)
             release.advance()
@@ -487,12 +510,13 @@ class GroupedGemmK:
         tCrS: cute.Tensor,
         stage: Int32,
         first: cutlass.Constexpr,
+        blocks: cutlass.Constexpr = BLOCKS,
     ):
-        """Starts rSum (+)= G^T S of one stage; the first stage of a tile overwrites rSum."""
+        """Starts rSum (+)= G^T S of a stage's first blocks; the first stage overwrites rSum."""
         warpgroup.fence()
         atom = cute.make_mma_atom(mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, not first)
-        for block in cutlass.range_constexpr(cute.size(tCrG, mode=[2])):
+        for block in cutlass.range_constexpr(blocks):
             cute.gemm(
                 atom, rSum, tCrG[None, None, block, stage], tCrS[None, None, block, stage], rSum
             )
