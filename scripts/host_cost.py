@@ -7,6 +7,7 @@
     python scripts/host_cost.py --counts           what a loaded machine cannot blur, as JSON
     python scripts/host_cost.py --kernels          with our kernels' own host code; compiles them
     python scripts/host_cost.py --gpu              on the GPU of this machine, driver included
+    python scripts/host_cost.py --gpu --chain 16   every block of a chain, beside the GPU's time
 
 Torch's whole CUDA path runs (tests/dry_gpu.py), on a device that executes nothing. What that leaves
 out: the driver, 2 to 3 us a launch on an H100's host, and without --kernels 1 to 2 us a launch to
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import gc
+import itertools
 import json
 import pstats
 import statistics
@@ -110,6 +112,57 @@ def report() -> None:
         )
 
 
+def chain_report(count: int) -> None:
+    """How the host's time spreads over a chain of blocks that begins on an idle device.
+
+    If the host waited for the GPU somewhere, a step would take it the GPU's time and less of its
+    own (cpu).
+    """
+    print("us of the host: forward of each block; backward, all, cpu, of each; GPU's of each")
+    for name in ("topk", "nearest"):
+        chain = build(name, count)
+        assert isinstance(chain, host_block.HostBlocks)
+        warm_up(chain)
+        spans_us = [chain_spans_us(chain) for _ in range(STEPS // 2)]
+        *forward, backward, cpu = map(statistics.median, zip(*spans_us, strict=True))
+        parts = {"backward": backward, "all": sum(forward) + backward, "cpu": cpu}
+        parts["GPU"] = device_us(chain)
+        each = ", ".join(f"{part} {value / count:.0f}" for part, value in parts.items())
+        print(f"{name}: {' '.join(f'{value:.0f}' for value in forward)}; {each}")
+
+
+def chain_spans_us(chain: host_block.HostBlocks) -> list[float]:
+    """Of one step from an idle device: each block's forward, the backward pass, and CPU time."""
+    torch.cuda.synchronize()
+    began_cpu, times = time.process_time(), [time.perf_counter()]
+    out_BLD = chain.x_BLD
+    for moe in chain.blocks:
+        out_BLD = moe(out_BLD)
+        times.append(time.perf_counter())
+    chain.backward(out_BLD)
+    times.append(time.perf_counter())
+    spans = [end - begin for begin, end in itertools.pairwise(times)]
+    return [1e6 * seconds for seconds in (*spans, time.process_time() - began_cpu)]
+
+
+def device_us(chain: host_block.HostBlocks) -> float:
+    """The device's time of a step that a CUDA graph replays."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(chain)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step(chain)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    begin.record()
+    graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * begin.elapsed_time(end)
+
+
 def launched(subject: host_block.Subject) -> list[str]:
     """Names of the kernels of one step, those left out last."""
     warm_up(subject)
@@ -158,7 +211,10 @@ def main() -> None:
     parser.add_argument("--counts", action="store_true", help="print what one step asks for")
     parser.add_argument("--kernels", action="store_true", help="load our kernels' host code")
     parser.add_argument("--gpu", action="store_true", help="use the GPU of this machine")
+    parser.add_argument("--chain", type=int, help="with --gpu: blocks of a chain, one by one")
     arguments = parser.parse_args()
+    if arguments.chain and not arguments.gpu:
+        parser.error("--chain needs --gpu: there is nothing to compare the host with otherwise")
     if not arguments.gpu:
         if not dry_gpu.active():
             dry_gpu.run_again_on_it()
@@ -169,7 +225,9 @@ def main() -> None:
         clock = time.perf_counter
     if not arguments.kernels and not arguments.gpu:
         leave_out_kernels()
-    if arguments.profile:
+    if arguments.chain:
+        chain_report(arguments.chain)
+    elif arguments.profile:
         profile(build(arguments.profile))
     elif arguments.launches:
         print("\n".join(launched(build(arguments.launches))))
