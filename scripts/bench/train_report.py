@@ -77,7 +77,7 @@ def markdown(records: list[dict], memory: list[dict]) -> list[str]:
         "",
     ]
     rows = []
-    for r in records:
+    for r in sorted(records, key=lambda r: (groups(records).index(_group(r)), mode(r), label(r))):
         step = r["step_ms"]
         rows.append(
             [
@@ -106,7 +106,7 @@ def best_of(records: list[dict], model: str, balance: str) -> dict[str, dict]:
 
     Beside compiled blocks one that was measured eager alone is left out: that is not its best.
     """
-    rows = [r for r in records if (r["model"], r["balance"]) == (model, balance)]
+    rows = [r for r in records if _group(r) == (model, balance)]
     compiled = {label(r) for r in rows if r["compile"]}
     best: dict[str, dict] = {}
     for r in rows:
@@ -118,7 +118,11 @@ def best_of(records: list[dict], model: str, balance: str) -> dict[str, dict]:
 
 def groups(records: list[dict]) -> list[tuple[str, str]]:
     """(model, routing), in the order measured."""
-    return list(dict.fromkeys((r["model"], r["balance"]) for r in records))
+    return list(dict.fromkeys(map(_group, records)))
+
+
+def _group(record: dict) -> tuple[str, str]:
+    return record["model"], record["balance"]
 
 
 def _against_stock(records: list[dict]) -> list[str]:
