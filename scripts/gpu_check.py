@@ -64,6 +64,12 @@ EXTRA_CASES = (
     Case(700, 128, 320, 40, 4, "zipf"),
 )
 
+WEIGHT_TILES = (
+    WeightTile(256, 4, 2),
+    WeightTile(256, 4, 2, short_end=True),
+    WeightTile(256, 4, 2, level=True),
+    WeightTile(256, 4, 2, short_end=True, level=True),
+)
 VARIANTS = {
     "up": (RowTile(256, 4),),
     "down": (
@@ -80,8 +86,8 @@ VARIANTS = {
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),
-    "d_weight2": (WeightTile(256, 4, 2), WeightTile(256, 4, 2, short_end=True)),
-    "d_weight13": (WeightTile(256, 4, 2), WeightTile(256, 4, 2, short_end=True)),
+    "d_weight2": WEIGHT_TILES,
+    "d_weight13": WEIGHT_TILES,
 }
 
 

@@ -78,6 +78,18 @@ def test_a_short_end_has_its_own_products_and_no_more_waits(kernel, halves, tmp_
     assert code.count("WARPGROUP.DEPBAR") == 3
 
 
+@pytest.mark.skipif(tools_folder() is None, reason="no cuobjdump here")
+@pytest.mark.parametrize("d", [1536, 320], ids=["clusters", "alone"])
+def test_level_waves_keep_the_products_and_spill_nothing(d, tmp_path):
+    gemm = tiles.pick_weights("d_weight13", d=d, f=256, halves=2)
+    tile = dataclasses.replace(gemm.tile, level=True, short_end=True)
+    code = read_sass(kernel_cache.build(dataclasses.replace(gemm, tile=tile)), tmp_path)
+    assert code.stack_bytes == code.count("LDL") == code.count("STL") == 0
+    assert code.count("WARPGROUP.DEPBAR") == 3
+    # no loop over lanes around loads and barriers; the stores' may have one
+    assert code.count("BRA.U.ANY") <= code.count("UTMASTG")
+
+
 @pytest.mark.parametrize("kernel", ["d_weight2", "d_weight13"])
 def test_every_pick_is_legal_and_covers_the_columns(kernel):
     for d in range(64, 7169, 64):

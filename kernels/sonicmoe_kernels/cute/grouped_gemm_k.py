@@ -29,7 +29,15 @@ from sonicmoe_kernels.cute.gather_k import (
     load_row_index,
     row_of_lane,
 )
-from sonicmoe_kernels.cute.schedule_k import expert_of_turn, place_of, slot_of, unit_of
+from sonicmoe_kernels.cute.schedule_k import (
+    expert_of_turn,
+    next_level_unit,
+    place_of,
+    slot_of,
+    start_loads,
+    tracked_clusters,
+    unit_of,
+)
 from sonicmoe_kernels.cute.tma_ragged import BIG, ragged_view
 from sonicmoe_kernels.tiles import (
     THREADS,
@@ -114,7 +122,7 @@ class GroupedGemmK:
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
         self.cluster = gemm.tile.cluster
-        self.short_end = gemm.tile.short_end
+        self.short_end, self.level = gemm.tile.short_end, gemm.tile.level
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
@@ -306,7 +314,11 @@ class GroupedGemmK:
         """This CTA's tile in `wave`; past the last unit its expert and rows are anybody's."""
         cluster = cute.arch.block_idx()[0] // self.cluster
         clusters = cute.arch.grid_dim()[0] // self.cluster
-        unit = unit_of(wave, cluster, clusters)
+        return self.work_at(walk, unit_of(wave, cluster, clusters))
+
+    @cute.jit
+    def work_at(self, walk: Walk, unit: Int32) -> Work:
+        """This CTA's tile of a unit."""
         slot, m, n = place_of(cutlass.min(unit, walk.units - 1), self.m_units, self.n_tiles)
         expert = slot
         if walk.num_experts <= WEIGHT_SORTED_EXPERTS:
@@ -314,6 +326,39 @@ class GroupedGemmK:
         first = walk.mOffsets[expert]
         rows = walk.mOffsets[expert + 1] - first
         return Work(unit, expert, m * self.cluster + walk.rank, n, first, rows)
+
+    def before_first_wave(self) -> tuple:
+        """What `next_work` carries from wave to wave where these are level, else nothing.
+
+        The load of the lane's clusters, the next wave, and its first unit.
+        """
+        if not self.level:
+            return ()
+        rLoads = cute.make_rmem_tensor(tracked_clusters(self.cluster), Int32)
+        rNext = cute.make_rmem_tensor(2, Int32)
+        clusters = cute.arch.grid_dim()[0] // self.cluster
+        start_loads(rLoads, cute.arch.lane_idx(), clusters)
+        rNext.fill(0)
+        return rLoads, rNext
+
+    def next_work(self, walk: Walk, wave: Int32, carried: tuple) -> Work:
+        """This CTA's tile in `wave`, or its next one where waves are level."""
+        return self.next_level_work(walk, *carried) if self.level else self.work_of(walk, wave)
+
+    @cute.jit
+    def next_level_work(self, walk: Walk, rLoads: cute.Tensor, rNext: cute.Tensor) -> Work:
+        """This CTA's next tile; all lanes of a warp call it together."""
+        cluster = cute.arch.block_idx()[0] // self.cluster
+        unit = next_level_unit(
+            rLoads, rNext, cluster, walk.units, lambda unit: self.cost(walk, unit)
+        )
+        work = self.work_at(walk, unit)
+        return work._replace(expert=cute.arch.warp_redux_sync(work.expert, "max"))
+
+    @cute.jit
+    def cost(self, walk: Walk, unit: Int32) -> Int32:
+        """k tiles of a unit, and one for its epilogue."""
+        return self.k_tiles(self.work_at(walk, unit).rows) + 1
 
     @cute.jit
     def k_tiles(self, rows: Int32) -> Int32:
@@ -338,12 +383,12 @@ class GroupedGemmK:
         kept_row = row_of_lane(cute.arch.lane_idx(), warp_index, TILE_M)
         stage_pointer = cute.recast_ptr(sG.iterator, dtype=self.dtype)  # without swizzle
         everyone = Int16((1 << self.cluster) - 1)
-        wave = Int32(0)
-        work = self.work_of(walk, wave)
+        wave, carried = Int32(0), self.before_first_wave()
+        work = self.next_work(walk, wave, carried)
         index = load_row_index(mIndex_R, work.first, kept_row, work.rows)
         while work.unit < walk.units:
             wave += 1
-            next_work = self.work_of(walk, wave)
+            next_work = self.next_work(walk, wave, carried)
             end = work.first + work.rows
             gS = cute.local_tile(
                 cute.domain_offset((0, BIG - work.rows), tma_s[None, None, BIG, end]),
@@ -419,15 +464,19 @@ class GroupedGemmK:
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = state.clone()
-        wave = Int32(0)
-        work = self.work_of(walk, wave)
+        wave, carried = Int32(0), self.before_first_wave()
+        work = self.next_work(walk, wave, carried)
         while work.unit < walk.units:
             wave += 1
-            next_work = self.work_of(walk, wave)
+            next_work = work
+            if const_expr(not self.level):
+                next_work = self.next_work(walk, wave, carried)
             ring.consumer_wait(state)
             cute.arch.fence_proxy("async.shared", space="cta")
             self.multiply(mma, rSum, tCrG, tCrS, state.index, True)
             state.advance()
+            if const_expr(self.level):  # while the tensor cores are busy
+                next_work = self.next_work(walk, wave, carried)
             k_tiles = self.k_tiles(work.rows)
             for _ in cutlass.range(1, k_tiles - int(self.short_end), unroll=1):
                 ring.consumer_wait(state)
