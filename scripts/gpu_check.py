@@ -68,7 +68,8 @@ WEIGHT_TILES = (
     WeightTile(256, 4, 2),
     WeightTile(256, 4, 2, short_end=True),
     WeightTile(256, 4, 2, level=True),
-    WeightTile(256, 4, 2, short_end=True, level=True),
+    WeightTile(256, 4, 2, deferred=True),
+    WeightTile(256, 4, 2, short_end=True, level=True, deferred=True),
 )
 VARIANTS = {
     "up": (RowTile(256, 4),),

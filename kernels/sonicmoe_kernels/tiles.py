@@ -275,7 +275,8 @@ class WeightTile:
 
     stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
     short_end: blocks of 16 rows behind an expert's last are not multiplied. level: a wave leaves
-    out the clusters that have got more work than others by a unit (schedule_k.py).
+    out the clusters that have got more work than others by a unit (schedule_k.py). deferred: a
+    tile is stored under the products of the next one (deferred_k.py).
     Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
     1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
@@ -285,6 +286,7 @@ class WeightTile:
     cluster: int
     short_end: bool = False
     level: bool = False
+    deferred: bool = False
 
 
 @dataclass(frozen=True)

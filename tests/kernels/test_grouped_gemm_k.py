@@ -79,6 +79,21 @@ def test_a_short_end_has_its_own_products_and_no_more_waits(kernel, halves, tmp_
 
 
 @pytest.mark.skipif(tools_folder() is None, reason="no cuobjdump here")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("kernel", "halves"), [("d_weight2", 1), ("d_weight13", 2)])
+def test_deferred_stores_keep_products_in_flight_and_spill_nothing(kernel, halves, dtype, tmp_path):
+    gemm = tiles.pick_weights(kernel, d=1536, f=256, halves=halves, dtype=dtype)
+    tile = dataclasses.replace(gemm.tile, deferred=True)
+    code = read_sass(kernel_cache.build(dataclasses.replace(gemm, tile=tile)), tmp_path)
+    assert code.stack_bytes == code.count("LDL") == code.count("STL") == 0
+    slabs = tile.tile_n // tiles.WEIGHT_SLAB
+    assert code.count("HGMMA") == (slabs + 1) * HGMMA_PER_STAGE  # a slab each, and the loop
+    # where the compiler cannot keep products in flight it waits for every one
+    assert code.count("WARPGROUP.DEPBAR") == slabs + 1
+    assert code.count("UTMASTG") == 2 * halves * slabs  # during the next tile, and at the end
+
+
+@pytest.mark.skipif(tools_folder() is None, reason="no cuobjdump here")
 @pytest.mark.parametrize("d", [1536, 320], ids=["clusters", "alone"])
 def test_level_waves_keep_the_products_and_spill_nothing(d, tmp_path):
     gemm = tiles.pick_weights("d_weight13", d=d, f=256, halves=2)

@@ -19,7 +19,7 @@ import cutlass.cute as cute
 import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cuda.bindings.driver import CUstream
-from cutlass import Float32, Int16, Int32, Int64, const_expr
+from cutlass import Boolean, Float32, Int16, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
@@ -95,6 +95,17 @@ class Store(NamedTuple):
 
     atom: cute.CopyAtom
     mOut: cute.Tensor
+
+
+class SlabStore(NamedTuple):
+    """How a consumer thread brings slabs of 64 x 64 sums to memory."""
+
+    stores: tuple  # a Store for each output
+    sOut: cute.Tensor  # (64, 64, 2 consumers * buffers)
+    copy: cute.TiledCopy  # registers to shared memory
+    tRsOut: cute.Tensor  # the thread's part of sOut
+    consumer: Int32
+    is_issuer: Boolean  # true in the one warp that talks to TMA
 
 
 class GroupedGemmK:
@@ -454,13 +465,12 @@ class GroupedGemmK:
             cute.make_copy_atom(warp.StMatrix8x8x16bOp(self.transposed, 4), self.dtype), mma_slab
         )
         thread_copy = copy_slab.get_slice(thread)
-        tRsOut = thread_copy.partition_D(sOut)
         rSlab = cute.make_rmem_tensor(mma_slab.partition_shape_C((ROWS, SLAB)), self.dtype)
         tRrSlab = thread_copy.retile(rSlab)
         sums_per_slab = cute.size(rSlab)
-        slabs = self.tile_n // SLAB
         is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
-        barrier_id = BARRIER_STORE + consumer
+        tRsOut = thread_copy.partition_D(sOut)
+        out = SlabStore(stores, sOut, copy_slab, tRsOut, consumer, is_issuer)
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = state.clone()
@@ -501,25 +511,33 @@ class GroupedGemmK:
             warpgroup.wait_group(0)
             ring.consumer_release(release)
             release.advance()
-            for c in cutlass.range_constexpr(slabs):
+            for c in cutlass.range_constexpr(self.tile_n // SLAB):
                 for i in cutlass.range_constexpr(sums_per_slab):
                     rSlab[i] = rSum[c * sums_per_slab + i].to(self.dtype)
-                # An odd number of slabs uses buffer 0 twice in a row, last and first.
-                pending = 0 if const_expr(c == 0 and slabs % 2 == 1) else STORE_BUFFERS - 1
-                buffer = consumer * STORE_BUFFERS + c % STORE_BUFFERS
-                if is_issuer:
-                    cute.arch.cp_async_bulk_wait_group(pending, read=True)
-                cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
-                cute.copy(copy_slab, tRrSlab, tRsOut[None, None, None, buffer])
-                cute.arch.fence_proxy("async.shared", space="cta")
-                cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
-                if is_issuer:
-                    self.store_slab(stores, sOut, buffer, work, consumer, work.n * slabs + c)
-                    # Also without a store: the wait above counts groups.
-                    cute.arch.cp_async_bulk_commit_group()
+                self.put_slab(out, tRrSlab, work, c)
             work = next_work
         if is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def put_slab(self, out: SlabStore, tRrSlab: cute.Tensor, work: Work, c: cutlass.Constexpr):
+        """Brings slab `c` of a tile to shared memory and starts its store."""
+        slabs = self.tile_n // SLAB
+        barrier_id = BARRIER_STORE + out.consumer
+        # An odd number of slabs uses buffer 0 twice in a row, last and first.
+        pending = 0 if const_expr(c == 0 and slabs % 2 == 1) else STORE_BUFFERS - 1
+        buffer = out.consumer * STORE_BUFFERS + c % STORE_BUFFERS
+        if out.is_issuer:
+            cute.arch.cp_async_bulk_wait_group(pending, read=True)
+        cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
+        cute.copy(out.copy, tRrSlab, out.tRsOut[None, None, None, buffer])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
+        if out.is_issuer:
+            slab = work.n * slabs + c
+            self.store_slab(out.stores, out.sOut, buffer, work, out.consumer, slab)
+            # Also without a store: the wait above counts groups.
+            cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def store_slab(
