@@ -72,7 +72,7 @@ WEIGHT_TILES = (
     WeightTile(256, 4, 2, short_end=True, level=True, deferred=True),
 )
 VARIANTS = {
-    "up": (RowTile(256, 4),),
+    "up": (RowTile(256, 4), RowTile(256, 4, "deferred")),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
@@ -81,6 +81,7 @@ VARIANTS = {
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
         RowTile(256, 3, "relayed", load_sets=4),
+        RowTile(256, 3, "deferred", load_sets=2),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from sonicmoe_kernels.activations import get_activation
 
 RowKernel = Literal["up", "down", "d_hidden", "d_input"]
-Schedule = Literal["cooperative", "pingpong", "relayed"]
+Schedule = Literal["cooperative", "pingpong", "relayed", "deferred"]
 
 TILE_M = 128  # two warpgroups of 64 rows, or one warpgroup with two blocks of 64
 TILE_K = 64  # 128 bytes of 16-bit elements: one swizzle row, four wgmma deep
@@ -39,6 +39,8 @@ class RowTile:
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
+    "deferred": both multiply one tile, hold its sums in 16 bits, and run the epilogue between the
+    first products of the next one.
     """
 
     tile_n: int
@@ -176,6 +178,12 @@ def why_illegal(gemm: RowGemm) -> str | None:
     blocks = 2 if tile.schedule == "pingpong" else 1
     if tile.schedule == "pingpong" and tile.tile_n * blocks // 2 > 192:
         return "ping-pong keeps 128 rows in one warpgroup: over 192 accumulators a thread spill"
+    if tile.schedule == "deferred" and not gemm.gathers:
+        return "a deferred epilogue is written for up and d_hidden only"
+    if tile.schedule == "deferred" and gemm.k_tiles < gemm.epi_chunks:
+        return (
+            f"a deferred epilogue of {gemm.epi_chunks} chunks does not fit {gemm.k_tiles} k tiles"
+        )
     if gemm.relayed and gemm.kernel != "d_hidden":
         return "a relayed epilogue is written for d_hidden only"
     if gemm.relayed and tile.epi_n != 32:

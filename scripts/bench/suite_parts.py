@@ -20,6 +20,7 @@ TUNED_ONCE = (
     ("QUACK_CACHE_DIR", str(ROOT / "outputs" / "official_autotune")),
     ("TRITON_CACHE_AUTOTUNING", "1"),
 )
+VARIANT_CASES = "7b,1.4b,sparse,7b_zipf"
 HUGE_TESTS = "31_bits or 2_to_the_31"  # several GiB each
 
 
@@ -74,6 +75,12 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
         ),
         **_tests(),
         **_sanitizer(),
+        "variants": Part(
+            "challengers of the tables' tiles beside them, each checked first",
+            (script("gpu_check.py", "variants", "--cases", VARIANT_CASES),),
+            expected_s=120,
+            limit_s=500,
+        ),
         "moe-ours": Part(
             "our experts on every shape",
             moe("paper models skewed small all", "sonicmoe", "--rounds", "3", "--deadline", "450"),
@@ -249,6 +256,7 @@ def _warmup(jobs: int) -> tuple[list[str], ...]:
     run = [PYTHON, "-m", "sonicmoe_titan.cli", "warmup"]
     return (
         script("gpu_check.py", "build", "--cases", "small,extra,activations,all", *cores),
+        script("gpu_check.py", "build", "--variants", "--cases", VARIANT_CASES, *cores),
         script("bench_router.py", "--build", *cores),
         [PYTHON, "-m", "tests.titan.fused_blocks", *cores],
         *(

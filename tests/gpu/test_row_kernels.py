@@ -26,9 +26,13 @@ from tests.gpu.row_kernels import (
 
 # Widths that fill no tile, an odd number of n tiles, and more n tiles than one cluster takes.
 WIDTHS = ((64, 64), (192, 192), (128, 320), (320, 128), (768, 256), (1536, 256))
-# Every kernel with the tile that the table picks, and dH with a relayed one.
-CHOICES = [*((kernel, None) for kernel in KERNELS)]
-CHOICES.append(("d_hidden", RowTile(256, 3, "relayed", load_sets=4)))
+# Every kernel with the tile that the table picks, and those whose epilogue runs under products.
+CHOICES = [
+    *((kernel, None) for kernel in KERNELS),
+    ("d_hidden", RowTile(256, 3, "relayed", load_sets=4)),
+    ("d_hidden", RowTile(256, 3, "deferred", load_sets=2)),
+    ("up", RowTile(256, 4, "deferred")),
+]
 REPEATS = 1000
 HUGE = 2**31  # elements: beyond it 32-bit offsets overflow
 
@@ -44,15 +48,22 @@ def hopper_gpu() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def chosen(kernel: str, tile: RowTile | None) -> contextlib.AbstractContextManager[None]:
-    """Launches `kernel` with the tile, or with the table's if None."""
-    return contextlib.nullcontext() if tile is None else forced_tile(kernel, tile)
+def chosen(
+    kernel: str, tile: RowTile | None, case: Case
+) -> contextlib.AbstractContextManager[None]:
+    """Launches `kernel` with the tile if it serves the case, or with the table's if None."""
+    if tile is None:
+        return contextlib.nullcontext()
+    gemm = RowGemm(kernel, case.D, case.F, case.E, "bfloat16", case.activation, tile)
+    if reason := why_illegal(gemm):
+        pytest.skip(reason)
+    return forced_tile(kernel, tile)
 
 
 @pytest.mark.parametrize(("kernel", "tile"), CHOICES, ids=str)
 @pytest.mark.parametrize("case", SMALL_CASES + ACTIVATION_CASES, ids=lambda case: case.name)
 def test_kernel_agrees_with_fp32(case: Case, kernel: str, tile: RowTile | None) -> None:
-    with chosen(kernel, tile):
+    with chosen(kernel, tile, case):
         CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
@@ -63,7 +74,7 @@ def test_every_width_works_on_every_routing(
     widths: tuple[int, int], routing: str, kernel: str, tile: RowTile | None
 ) -> None:
     case = Case(1000, *widths, E=24, K=3, routing=routing)
-    with chosen(kernel, tile):
+    with chosen(kernel, tile, case):
         CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
@@ -96,8 +107,9 @@ def test_a_thousand_experts_most_of_them_empty(kernel: str) -> None:
 def test_repeats_are_bitwise_equal_while_another_stream_loads_the_gpu(
     kernel: str, tile: RowTile | None
 ) -> None:
-    with chosen(kernel, tile):
-        problem = make_problem(Case(2000, 768, 256, E=24, K=3, routing="zipf"), torch.bfloat16)
+    case = Case(2000, 768, 256, E=24, K=3, routing="zipf")
+    with chosen(kernel, tile, case):
+        problem = make_problem(case, torch.bfloat16)
         launch = launchers(problem)[kernel]
         other, noise = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda")
 

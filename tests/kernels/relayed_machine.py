@@ -84,13 +84,17 @@ class State:
 class Machine(Warps):
     """The cluster; `run` plays one interleaving to its end."""
 
+    kernel_class = DHiddenRelayed
+    producer_warps = PRODUCER_WARPS
+    replaced = REPLACED
+
     def __init__(self, gemm: RowGemm, counts: list[int], clusters: int, seed: int):
         super().__init__(seed)
         self.gemm = gemm
         self.offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
         self.clusters = clusters
         self.outputs, self.d_scores = {}, {}
-        self.kernel = self.instrument(DHiddenRelayed)
+        self.kernel = self.instrument(self.kernel_class)
         self.start = [0]
         for rows in counts:
             units = self.schedule.units_of(rows, TILE_M, gemm.n_tiles, CLUSTER)
@@ -107,7 +111,7 @@ class Machine(Warps):
                 function = getattr(value, "__wrapped__", value)
                 if isinstance(function, FunctionType) and not name.startswith("__"):
                     methods[name] = rebind(function, fakes)
-        methods.update({name: staticmethod(getattr(self, name)) for name in REPLACED})
+        methods.update({name: staticmethod(getattr(self, name)) for name in self.replaced})
         instance = type("Instrumented", (), methods)()
         instance.__dict__.update(kernel_class(self.gemm).__dict__)
         return instance
@@ -183,9 +187,7 @@ class Machine(Warps):
         self.agents = []
         ring = kernel.make_pipeline(Anything())
         maps = [WeightMaps(("weights", w), Anything(), ("weights", w), Anything()) for w in (0, 1)]
-        epilogue = DHiddenTensors(
-            TmaMap("load", "H"), TmaMap("store", "dH"), TmaMap("store", "A"), Scores(), None
-        )
+        epilogue = self.epilogue_tensors()
         for cta in range(CLUSTER):
             for i in range(gemm.epilogue_barriers):
                 self.barriers[cta, i] = Barrier(kernel.barrier_arrivals(i))
@@ -204,16 +206,23 @@ class Machine(Warps):
                 memory = EpilogueMemory(Cells("store"), Cells("load"), 0, block, 0, True)
                 kernel.run_epilogues(walk, None, epilogue, memory)
 
-            for warp in range(PRODUCER_WARPS):
+            for warp in range(self.producer_warps):
                 self.agents.append(Agent(cta, f"producer {warp}", 32, 32 * warp, produce))
             for group in range(BLOCKS):
                 self.agents.append(
                     Agent(cta, f"consumer {group}", WARPGROUP, 0, lambda g=group, c=consume: c(g))
                 )
-                self.agents.append(
-                    Agent(cta, f"epilogue {group}", 32, 0, lambda g=group, f=finish: f(g))
-                )
+                if gemm.relayed:
+                    self.agents.append(
+                        Agent(cta, f"epilogue {group}", 32, 0, lambda g=group, f=finish: f(g))
+                    )
         self.play()
+
+    def epilogue_tensors(self):
+        """What the kernel is called with beside A and B."""
+        return DHiddenTensors(
+            TmaMap("load", "H"), TmaMap("store", "dH"), TmaMap("store", "A"), Scores(), None
+        )
 
     # ------------------------------------------------------------------ barriers
 
@@ -299,8 +308,8 @@ class Machine(Warps):
         agent, gemm = self.agent, self.gemm
         rows, weights = agent.products[stage] = self.stage_of(stage)
         first, length, row, n = agent.output
-        per_pass = gather.rows_per_pass(PRODUCER_WARPS)
-        assert len(rows) == PRODUCER_WARPS * (TILE_M // BLOCKS // per_pass)
+        per_pass = gather.rows_per_pass(self.producer_warps)
+        assert len(rows) == self.producer_warps * (TILE_M // BLOCKS // per_pass)
         ((first_row, end, k),) = set(rows.values())
         assert (first_row, end) == (first + row - row % TILE_M, first + length)
         assert set(weights) == {(w, part) for w in range(gemm.n_sources) for part in range(CLUSTER)}

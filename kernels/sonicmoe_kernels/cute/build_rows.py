@@ -12,14 +12,25 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from sonicmoe_kernels.cute.d_hidden import DHidden
+from sonicmoe_kernels.cute.d_hidden_deferred import DHiddenDeferred
 from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed
 from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
 from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.cute.up import Up
+from sonicmoe_kernels.cute.up_deferred import UpDeferred
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
-KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
+# By name, and by name and schedule where a schedule has a class of its own.
+KERNELS = {
+    "up": Up,
+    ("up", "deferred"): UpDeferred,
+    "down": Down,
+    "d_hidden": DHidden,
+    ("d_hidden", "relayed"): DHiddenRelayed,
+    ("d_hidden", "deferred"): DHiddenDeferred,
+    "d_input": DInput,
+}
 TMA_ALIGN = 16  # bytes
 
 
@@ -71,8 +82,7 @@ def build(gemm: RowGemm) -> Any:
 
 def instance_of(gemm: RowGemm) -> GroupedGemmM:
     """The kernel's object, by name and schedule."""
-    kernel = DHiddenRelayed if gemm.relayed else KERNELS[gemm.kernel]
-    return kernel(gemm)
+    return KERNELS.get((gemm.kernel, gemm.tile.schedule), KERNELS[gemm.kernel])(gemm)
 
 
 def compile_instance(kernel: GroupedGemmM) -> Any:

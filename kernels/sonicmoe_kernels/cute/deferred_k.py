@@ -13,6 +13,7 @@ import cutlass.pipeline as pipeline
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warp, warpgroup
 
+from sonicmoe_kernels.cute.epilogues import round_pair
 from sonicmoe_kernels.cute.grouped_gemm_k import (
     BLOCKS,
     ROWS,
@@ -36,19 +37,6 @@ class DeferredGemmK(GroupedGemmK):
         A product that is made on one of two ways only makes the compiler wait for every one.
         """
         return cutlass.max((rows + (TILE_K - 1)) // TILE_K, self.tile_n // SLAB)
-
-    def round_pair(self, low: Float32, high: Float32) -> Int32:
-        """Two sums as the halves of a word.
-
-        In PTX, so that it happens here: the compiler would else round once more behind the loop,
-        from registers that products then write, and wait for every product.
-        """
-        half = "bf16" if self.dtype is cutlass.BFloat16 else "f16"
-        return cute.arch.inline_ptx(
-            f"cvt.rn.{half}x2.f32 {{$w0}}, {{$r1}}, {{$r0}};",
-            write_only_types=[Int32],
-            read_only_args=[low, high],
-        )
 
     @cute.jit
     def consume(
@@ -129,7 +117,7 @@ class DeferredGemmK(GroupedGemmK):
                 rWords = cute.recast_tensor(rHeld[c], Int32)
                 for i in cutlass.range_constexpr(cute.size(rWords)):
                     first = (c * cute.size(rWords) + i) * 2
-                    rWords[i] = self.round_pair(rSum[first], rSum[first + 1])
+                    rWords[i] = round_pair(rSum[first], rSum[first + 1], self.dtype)
             held = work
             work = next_work
         for c in cutlass.range_constexpr(slabs):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Float32, Int32
 
 LOG2_E = 1.4426950408889634
 SQRT_HALF = 0.7071067811865476
@@ -48,6 +48,20 @@ def relu2(z: Float32) -> Curve:
     """max(z, 0)^2."""
     positive = cute.arch.fmax(z, Float32(0.0))
     return Curve(positive * positive, 2.0 * positive)
+
+
+def round_pair(low: Float32, high: Float32, dtype: type) -> Int32:
+    """Two sums as the halves of a word, of bfloat16 or float16.
+
+    In PTX, so that it happens where it is written: what a loop carries, the compiler would else
+    round once more behind it, from registers that wgmma then writes, and wait for every wgmma.
+    """
+    half = "bf16" if dtype is cutlass.BFloat16 else "f16"
+    return cute.arch.inline_ptx(
+        f"cvt.rn.{half}x2.f32 {{$w0}}, {{$r1}}, {{$r0}};",
+        write_only_types=[Int32],
+        read_only_args=[low, high],
+    )
 
 
 CURVES = {"swiglu": silu, "geglu": gelu, "reglu": relu, "silu": silu, "relu2": relu2}

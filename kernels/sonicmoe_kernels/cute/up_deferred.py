@@ -1,0 +1,55 @@
+"""Kernel 1, up, with the deferred schedule: A is made from the rounded H, which backward reads too.
+
+Legend: see up.py.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32
+
+from sonicmoe_kernels.cute.deferred import Deferred
+from sonicmoe_kernels.cute.epilogues import activate
+from sonicmoe_kernels.cute.tma_ragged import expert_rows
+from sonicmoe_kernels.cute.up import Up
+
+
+class UpDeferred(Deferred, Up):
+    """Up's loads and stores, Deferred's main loop."""
+
+    @cute.jit
+    def finish_chunk(
+        self,
+        epilogue,
+        registers,
+        memory,
+        chunk_mma,
+        rHeld: list,
+        held,
+        chunk: cutlass.Constexpr,
+        tiles_held,
+    ):
+        """Stores the halves of H of a held chunk, and A; nothing of a tile of no rows."""
+        gemm, halves = self.gemm, self.gemm.halves
+        copy, sTo, _, _ = self.chunk_copies(chunk_mma, memory)
+        thread_copy = copy.get_slice(memory.thread)
+        rA = self.make_chunk(chunk_mma)
+        buffer = self.store_buffer(memory, chunk % self.tile.epi_sets, 0)
+        self.wait_for_buffers(memory)
+        for half in cutlass.range_constexpr(halves):
+            tHalf = thread_copy.retile(rHeld[half])
+            cute.copy(copy, tHalf, sTo[None, None, None, buffer + half])
+        for i in cutlass.range_constexpr(cute.size(rA)):
+            values = tuple(rHalf[i].to(Float32) for rHalf in rHeld)
+            rA[i] = activate(gemm.activation, values).to(self.dtype)
+        cute.copy(copy, thread_copy.retile(rA), sTo[None, None, None, buffer + halves])
+        self.publish(memory)
+        if memory.is_issuer and held.row < held.length:
+            gH = expert_rows(epilogue.h.mTensor, held.first, held.length, held.row)
+            gA = expert_rows(epilogue.a.mTensor, held.first, held.length, held.row)
+            sBox, gH = self.partition_output(epilogue.h, memory.sStore, gH, (0, None, None))
+            _, gA = self.partition_output(epilogue.a, memory.sStore, gA, (0, None))
+            column = held.n * gemm.epi_chunks + chunk
+            for half in cutlass.range_constexpr(halves):
+                cute.copy(epilogue.h.atom, sBox[None, buffer + half], gH[None, column, half])
+            cute.copy(epilogue.a.atom, sBox[None, buffer + halves], gA[None, column])
+            cute.arch.cp_async_bulk_commit_group()
