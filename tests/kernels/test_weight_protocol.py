@@ -1,0 +1,105 @@
+"""The weight gradients' consumers: their own code on a machine that runs warps in random order."""
+
+import os
+
+os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
+
+import random
+
+import pytest
+
+pytest.importorskip("cutlass")
+import cutlass.cute as cute
+from sonicmoe_kernels.cute.deferred_k import DeferredGemmK
+from sonicmoe_kernels.cute.grouped_gemm_k import (
+    CONSUMERS,
+    ROWS,
+    SLAB,
+    STORE_BUFFERS,
+    GroupedGemmK,
+)
+from sonicmoe_kernels.tiles import TILE_K, WeightGemm, WeightTile, why_illegal_weights
+
+from tests.kernels.symbols import FRAGMENT
+from tests.kernels.weight_machine import WeightMachine
+
+COUNTS = (0, 1, 15, 16, 17, 63, 64, 65, 128, 129, 200, 255, 256, 257, 300, 385)
+SCHEDULES = ({}, {"short_end": True}, {"deferred": True}, {"deferred": True, "short_end": True})
+SIZES = {  # one n tile of two halves and half an m tile; an odd number of slabs, two n tiles
+    "d_weight13": (320, 128, 2, 256, 3),
+    "d_weight2": (192, 320, 1, 192, 2),
+}
+
+
+def gemm_of(kernel: str, schedule: dict[str, bool]) -> WeightGemm:
+    d, f, halves, tile_n, stages = SIZES[kernel]
+    return WeightGemm(kernel, d, f, halves, "bfloat16", WeightTile(tile_n, stages, 1, **schedule))
+
+
+def expected(gemm, machine):
+    """{(half, 64 rows of D, slab, expert): whose sums, of which unit, k tiles and column}."""
+    slabs = gemm.tile.tile_n // SLAB
+    least = slabs if gemm.tile.deferred else 1
+    found = {}
+    for slot, expert in enumerate(machine.order):
+        rows = machine.offsets[expert + 1] - machine.offsets[expert]
+        k_tiles = max(-(-rows // TILE_K), least)
+        for row in range(-(-gemm.d // ROWS)):
+            for slab in range(gemm.n // SLAB):
+                half, column = divmod(slab, gemm.f // SLAB)
+                n, c = divmod(slab, slabs)
+                unit = (slot * gemm.m_units + row // CONSUMERS) * gemm.n_tiles + n
+                sums = ("sum", row % CONSUMERS, unit, k_tiles, c * FRAGMENT)
+                found[half, row, column, expert] = [sums] * 4
+    return found
+
+
+def check(gemm, counts, ctas, seed):
+    """One interleaving: no deadlock, no hazard, every slab stored once with its own sums."""
+    machine = WeightMachine(gemm, counts, ctas, seed)
+    machine.run()
+    assert machine.outputs == expected(gemm, machine)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: " ".join(s) or "plain")
+@pytest.mark.parametrize("kernel", SIZES)
+def test_every_interleaving_stores_every_slab_once(kernel, schedule):
+    gemm = gemm_of(kernel, schedule)
+    assert why_illegal_weights(gemm) is None
+    for seed in range(5):
+        draw = random.Random(f"{gemm} {seed}")
+        counts, ctas = draw.choices(COUNTS, k=4), draw.choice((1, 2, 3))
+        try:
+            check(gemm, counts, ctas, seed)
+        except AssertionError as error:
+            where = f"rows {counts}, {ctas} CTAs, seed {seed}"
+            raise AssertionError(f"{where}: {str(error)[:500]}") from error
+
+
+def test_more_ctas_than_units_end_as_well():
+    check(gemm_of("d_weight13", {"deferred": True}), [65, 0], 9, 0)
+
+
+def test_the_machine_notices_fewer_k_tiles_than_slabs(monkeypatch):
+    def all_there_are(self, rows):
+        return max((rows + 63) // 64, 1)
+
+    monkeypatch.setattr(DeferredGemmK, "k_tiles", all_there_are)
+    with pytest.raises(AssertionError):
+        check(gemm_of("d_weight13", {"deferred": True}), [65, 300], 1, 0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: " ".join(s) or "plain")
+def test_the_machine_notices_buffers_that_nobody_waits_for(schedule, monkeypatch):
+    def unwaited(self, out, tRrSlab, work, c):
+        buffer = out.consumer * STORE_BUFFERS + c % STORE_BUFFERS
+        cute.copy(out.copy, tRrSlab, out.tRsOut[None, None, None, buffer])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        cute.arch.barrier(barrier_id=0, number_of_threads=0)
+        slab = work.n * (self.tile_n // SLAB) + c
+        self.store_slab(out.stores, out.sOut, buffer, work, out.consumer, slab)
+
+    monkeypatch.setattr(GroupedGemmK, "put_slab", unwaited)
+    with pytest.raises(AssertionError, match="was overwritten before its store had read it"):
+        for seed in range(10):
+            check(gemm_of("d_weight13", schedule), [65, 300], 1, seed)
