@@ -1,6 +1,6 @@
 """Kernel 4, dH, with the deferred schedule: dA' is rounded to 16 bits before it is used.
 
-Legend: see d_hidden.py.
+Legend: see d_hidden.py. In fp16 dA' could overflow before its score has scaled it; bf16 has room.
 """
 
 import cutlass
