@@ -130,6 +130,11 @@ class RowGemm:
         return self.tile.schedule == "relayed"
 
     @property
+    def rounds_sums(self) -> bool:
+        """Whether the epilogue starts from sums in 16 bits."""
+        return self.tile.schedule in ("relayed", "deferred")
+
+    @property
     def store_buffers(self) -> int:
         """Chunks of shared memory that the epilogue stores from.
 
