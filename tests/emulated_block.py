@@ -189,7 +189,7 @@ def count(
         sums.change_E.add_(rows_E - chosen_E)
 
 
-def input_gradient(
+def gradients(
     layer: BlockLayer,
     dout_BLD: Tensor,
     x_BLD: Tensor,
@@ -203,6 +203,8 @@ def input_gradient(
     dw2: Tensor,
     dx_BLD: Tensor,
     dgate_ED: Tensor | None,
+    dw1: Tensor | None,
+    dw3: Tensor | None,
     rows: int,
     scale: float,
     num_ctas: int,
@@ -247,6 +249,8 @@ def input_gradient(
     dx_TD = reference.aggregate(dx_RD, plan, weighted=False, rows_per_token=layer.rows_per_token)
     share_TD = (summed_TE @ gate_ED.double()).bfloat16()
     dx_BLD.copy_((dx_TD + share_TD).view_as(dx_BLD))
+    if dw1 is not None:
+        weight_gradients(layer, x_BLD, kept, dw1, dw3, rows, num_ctas)
 
 
 def weight_gradients(
@@ -265,15 +269,9 @@ def weight_gradients(
         out.copy_(result)
 
 
-def gradients(layer: BlockLayer, dout_BLD: Tensor, x_BLD: Tensor, *rest: Any) -> None:
-    *inputs, dw1, dw3, rows, scale, num_ctas = rest
-    input_gradient(layer, dout_BLD, x_BLD, *inputs, rows, scale, num_ctas)
-    weight_gradients(layer, x_BLD, inputs[5], dw1, dw3, rows, num_ctas)
-
-
 STAGES: dict[str, Callable[..., None]] = {
     "forward": forward,
     "gradients": gradients,
-    "input_gradient": input_gradient,
+    "input_gradient": gradients,
     "weight_gradients": weight_gradients,
 }

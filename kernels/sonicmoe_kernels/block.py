@@ -221,7 +221,7 @@ class FusedBlock:
             dw1_EFD, dw3_EFD = like(w1_EFD), None if w3_EFD is None else like(w3_EFD)
             self.gradients(*inputs, dw2_EDF, dx_BLD, dgate_ED, dw1_EFD, dw3_EFD, *numbers)
         else:
-            self.input_gradient(*inputs, dw2_EDF, dx_BLD, None, *numbers)
+            self.input_gradient(*inputs, dw2_EDF, dx_BLD, None, None, None, *numbers)
             _gate_gradient(scratch, x_BLD.view(-1, self.layer.d), dgate_ED)
             del inputs, scratch  # before the greatest gradients are made, as in hopper_experts
             dw1_EFD, dw3_EFD = like(w1_EFD), None if w3_EFD is None else like(w3_EFD)

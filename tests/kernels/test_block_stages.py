@@ -215,7 +215,7 @@ def call(stage: str, *, batch: int = 2, length: int = 48, kept: torch.dtype = to
     arguments = {
         "forward": (x, logits, None, None, w, w, w, *buffers, x, *sums, rows, 1.0, 8, 1, 2, 132),
         "gradients": (*backward, w, x, gate, w, w, rows, 1.0, 132),
-        "input_gradient": (*backward, w, x, None, rows, 1.0, 132),
+        "input_gradient": (*backward, w, x, None, None, None, rows, 1.0, 132),
         "weight_gradients": (x, buffers[0], w, w, rows, 132),
     }
     kernel_cache.load(BlockStage(stage, layer))(*arguments[stage])

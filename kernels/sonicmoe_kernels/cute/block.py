@@ -227,8 +227,34 @@ class Forward(Stage):
         self.aggregate(mY_RD, mTokenRows_R, offsets, mScore_R, None, mOut_TD, stream)
 
 
-class InputGradient(Stage):
-    """From the output's gradient to dX, dW2, the gate's if wanted, and dH, which takes H's place.
+class WeightGradients(Stage):
+    """From dH to dW1 and dW3."""
+
+    def __init__(self, layer: BlockLayer):
+        super().__init__(layer)
+        gemm = pick_weights("d_weight13", d=layer.d, f=layer.f, halves=halves_of(layer))
+        self.d_weight13 = weight_gemm(gemm)
+
+    @cute.jit
+    def __call__(
+        self,
+        mX_BLD: cute.Tensor,
+        mKept: cute.Tensor,
+        mDW1_EFD: cute.Tensor,
+        mDW3_EFD: cute.Tensor | None,
+        rows: Int32,
+        num_ctas: Int32,
+        stream: CUstream,
+    ):
+        mX_TD = self.flat(mX_BLD)
+        kept = self.kept(mKept, mX_TD.shape[0], rows)
+        mTokenIdx_R, mOffsets = self.rows_of(kept, "token_idx", rows), self.expert_offsets(kept)
+        mDH = self.h(kept, rows)
+        self.d_weight13(mX_TD, mTokenIdx_R, mOffsets, mDH, mDW1_EFD, mDW3_EFD, num_ctas, stream)
+
+
+class Gradients(Stage):
+    """From the output's gradient to dX, dW2, and dH, which takes H's place; the others' if wanted.
 
     The gate is an expert of its own here. Its share of dX is that of an expert whose two weights
     are both the gate and whose dH are the two halves of the logits' gradient; its weight's gradient
@@ -245,6 +271,7 @@ class InputGradient(Stage):
         self.gate_weight = weight_gemm(pick_weights("d_weight13", d=layer.d, f=self.E))
         self.d_input = instance_of(self.pick_rows("d_input"))
         self.aggregate = self.aggregation(weighted=False)
+        self.weight_gradients = WeightGradients(layer)
 
     @cute.jit
     def __call__(
@@ -261,6 +288,8 @@ class InputGradient(Stage):
         mDW2_EDF: cute.Tensor,
         mDX_BLD: cute.Tensor,
         mDGate_ED: cute.Tensor | None,
+        mDW1_EFD: cute.Tensor | None,
+        mDW3_EFD: cute.Tensor | None,
         rows: Int32,
         scale: Float32,
         num_ctas: Int32,
@@ -323,78 +352,5 @@ class InputGradient(Stage):
         if const_expr(self.layer.rows_per_token is None):
             offsets = plan.mTokenOffsets
         self.aggregate(mDX_RD, plan.mTokenRows_R, offsets, None, mDX_TD, mDX_TD, stream)
-
-
-class WeightGradients(Stage):
-    """From dH to dW1 and dW3."""
-
-    def __init__(self, layer: BlockLayer):
-        super().__init__(layer)
-        gemm = pick_weights("d_weight13", d=layer.d, f=layer.f, halves=halves_of(layer))
-        self.d_weight13 = weight_gemm(gemm)
-
-    @cute.jit
-    def __call__(
-        self,
-        mX_BLD: cute.Tensor,
-        mKept: cute.Tensor,
-        mDW1_EFD: cute.Tensor,
-        mDW3_EFD: cute.Tensor | None,
-        rows: Int32,
-        num_ctas: Int32,
-        stream: CUstream,
-    ):
-        mX_TD = self.flat(mX_BLD)
-        kept = self.kept(mKept, mX_TD.shape[0], rows)
-        mTokenIdx_R, mOffsets = self.rows_of(kept, "token_idx", rows), self.expert_offsets(kept)
-        mDH = self.h(kept, rows)
-        self.d_weight13(mX_TD, mTokenIdx_R, mOffsets, mDH, mDW1_EFD, mDW3_EFD, num_ctas, stream)
-
-
-class Gradients:
-    """Both of the above, one after the other: all gradients in one call."""
-
-    def __init__(self, layer: BlockLayer):
-        self.input_gradient, self.weight_gradients = InputGradient(layer), WeightGradients(layer)
-
-    @cute.jit
-    def __call__(
-        self,
-        mDOut_BLD: cute.Tensor,
-        mX_BLD: cute.Tensor,
-        mLogits_TE: cute.Tensor | None,
-        mGate_ED: cute.Tensor,
-        mW1_EFD: cute.Tensor,
-        mW3_EFD: cute.Tensor | None,
-        mW2_EDF: cute.Tensor,
-        mKept: cute.Tensor,
-        mScratch: cute.Tensor,
-        mDW2_EDF: cute.Tensor,
-        mDX_BLD: cute.Tensor,
-        mDGate_ED: cute.Tensor,
-        mDW1_EFD: cute.Tensor,
-        mDW3_EFD: cute.Tensor | None,
-        rows: Int32,
-        scale: Float32,
-        num_ctas: Int32,
-        stream: CUstream,
-    ):
-        self.input_gradient(
-            mDOut_BLD,
-            mX_BLD,
-            mLogits_TE,
-            mGate_ED,
-            mW1_EFD,
-            mW3_EFD,
-            mW2_EDF,
-            mKept,
-            mScratch,
-            mDW2_EDF,
-            mDX_BLD,
-            mDGate_ED,
-            rows,
-            scale,
-            num_ctas,
-            stream,
-        )
-        self.weight_gradients(mX_BLD, mKept, mDW1_EFD, mDW3_EFD, rows, num_ctas, stream)
+        if const_expr(mDW1_EFD is not None):
+            self.weight_gradients(mX_BLD, mKept, mDW1_EFD, mDW3_EFD, rows, num_ctas, stream)

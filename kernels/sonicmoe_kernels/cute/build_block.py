@@ -21,7 +21,7 @@ ALIGN = 16  # bytes, of every tensor: what TMA and the widest loads need
 CLASSES: dict[str, Callable[..., Any]] = {
     "forward": block.Forward,
     "gradients": block.Gradients,
-    "input_gradient": block.InputGradient,
+    "input_gradient": block.Gradients,
     "weight_gradients": block.WeightGradients,
 }
 
@@ -62,8 +62,8 @@ def arguments(spec: BlockStage) -> tuple:
         case "gradients" | "input_gradient":
             read = logits if block.topk_gradient(layer).reads_logits else None
             inputs, numbers = (x, x, read, gate, w1, w3, w2), (number, Float32(1.0), number)
-            outputs = (dw2, x, None) if spec.stage == "input_gradient" else (dw2, x, gate, dw1, dw3)
-            return *inputs, kept, scratch, *outputs, *numbers
+            others = (None, None, None) if spec.stage == "input_gradient" else (gate, dw1, dw3)
+            return *inputs, kept, scratch, dw2, x, *others, *numbers
         case "weight_gradients":
             return x, kept, dw1, dw3, number, number
 
