@@ -95,12 +95,7 @@ VARIANTS = {
 
 def weight_tiles() -> list[tuple[str, WeightTile]]:
     """(kernel, tile) of every challenger of the weight gradients' picks at wide layers."""
-    return [
-        (kernel, tile)
-        for kernel in ("d_weight2", "d_weight13")
-        for tile in VARIANTS[kernel]
-        if isinstance(tile, WeightTile)
-    ]
+    return [(kernel, tile) for kernel in ("d_weight2", "d_weight13") for tile in WEIGHT_TILES]
 
 
 def row_tiles() -> list[tuple[str, RowTile]]:

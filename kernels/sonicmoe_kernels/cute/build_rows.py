@@ -21,15 +21,11 @@ from sonicmoe_kernels.cute.up import Up
 from sonicmoe_kernels.cute.up_deferred import UpDeferred
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
-# By name, and by name and schedule where a schedule has a class of its own.
-KERNELS = {
-    "up": Up,
+KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
+SCHEDULED = {  # schedules with a class of their own
     ("up", "deferred"): UpDeferred,
-    "down": Down,
-    "d_hidden": DHidden,
     ("d_hidden", "relayed"): DHiddenRelayed,
     ("d_hidden", "deferred"): DHiddenDeferred,
-    "d_input": DInput,
 }
 TMA_ALIGN = 16  # bytes
 
@@ -82,7 +78,8 @@ def build(gemm: RowGemm) -> Any:
 
 def instance_of(gemm: RowGemm) -> GroupedGemmM:
     """The kernel's object, by name and schedule."""
-    return KERNELS.get((gemm.kernel, gemm.tile.schedule), KERNELS[gemm.kernel])(gemm)
+    kernel = SCHEDULED.get((gemm.kernel, gemm.tile.schedule), KERNELS[gemm.kernel])
+    return kernel(gemm)
 
 
 def compile_instance(kernel: GroupedGemmM) -> Any:
