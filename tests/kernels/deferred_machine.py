@@ -125,7 +125,7 @@ class DeferredMachine(Machine):
         target[:] = [Symbol(("slices", *values)) for values in columns]
 
     def store(self, source, target):
-        rows, column, half = target
+        """A store is read later: its cells must hold then what they hold now."""
         cells = self.cells_of(source)
         for cell in cells:
             assert cell.writer is None, f"{source} is stored before TMA can see it"
@@ -137,13 +137,19 @@ class DeferredMachine(Machine):
             now = [cell.values for cell in cells]
             assert now == values, f"{source} was overwritten before its store had read it"
             state[0] = True
-            for row in range(rows.row, min(rows.row + WARPGROUP_ROWS, rows.length)):
-                if column * self.gemm.tile.epi_n < self.gemm.f:
-                    key = rows.name, rows.first + row, column, half
-                    assert key not in self.outputs, f"{key} is stored twice"
-                    self.outputs[key] = values[(row - rows.row) // SLICE_ROWS]
+            for key, value in self.delivered(values, target):
+                assert key not in self.outputs, f"{key} is stored twice"
+                self.outputs[key] = value
 
         self.events.append(read)
+
+    def delivered(self, values, target):
+        """The outputs that a store of cells with these values writes."""
+        rows, column, half = target
+        for row in range(rows.row, min(rows.row + WARPGROUP_ROWS, rows.length)):
+            if column * self.gemm.tile.epi_n < self.gemm.f:
+                key = rows.name, rows.first + row, column, half
+                yield key, values[(row - rows.row) // SLICE_ROWS]
 
     def load(self, source, target, pointer):
         agent, cells = self.agent, self.cells_of(target)

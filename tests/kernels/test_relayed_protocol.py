@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
-import random
+from functools import partial
 
 import pytest
 
@@ -23,6 +23,7 @@ from sonicmoe_kernels.tiles import (
 
 from tests.kernels.relayed_machine import Machine
 from tests.kernels.symbols import FRAGMENT, Symbol, differentiate, h_values
+from tests.kernels.warps import check_seeds
 
 ROWS = (0, 1, 15, 16, 17, 48, 63, 64, 65, 127, 128, 129, 191, 193, 256, 257, 300, 385)
 # F of one n tile (an odd m tile leaves a CTA out of range), of one and a half, of two, of three.
@@ -92,15 +93,7 @@ def check(gemm, counts, clusters, seed):
 @pytest.mark.parametrize("gemm", GEMMS, ids=label)
 def test_every_interleaving_stores_every_value_once(gemm):
     assert why_illegal(gemm) is None
-    for seed in range(5):
-        draw = random.Random(f"{label(gemm)} {seed}")
-        counts = draw.choices(ROWS, k=gemm.num_experts)
-        clusters = draw.choice((1, 2, 3))
-        try:
-            check(gemm, counts, clusters, seed)
-        except AssertionError as error:
-            where = f"rows {counts}, {clusters} clusters, seed {seed}"
-            raise AssertionError(f"{where}: {str(error)[:500]}") from error
+    check_seeds(partial(check, gemm), label(gemm), ROWS, gemm.num_experts)
 
 
 @pytest.mark.parametrize("rows", [1, SLICE_ROWS, WARPGROUP_ROWS + 1, TILE_M, TILE_M + 1])

@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
 
-import random
+from functools import partial
 
 import pytest
 
@@ -21,6 +21,7 @@ from sonicmoe_kernels.cute.grouped_gemm_k import (
 from sonicmoe_kernels.tiles import TILE_K, WeightGemm, WeightTile, why_illegal_weights
 
 from tests.kernels.symbols import FRAGMENT
+from tests.kernels.warps import check_seeds
 from tests.kernels.weight_machine import WeightMachine
 
 COUNTS = (0, 1, 15, 16, 17, 63, 64, 65, 128, 129, 200, 255, 256, 257, 300, 385)
@@ -66,14 +67,7 @@ def check(gemm, counts, ctas, seed):
 def test_every_interleaving_stores_every_slab_once(kernel, schedule):
     gemm = gemm_of(kernel, schedule)
     assert why_illegal_weights(gemm) is None
-    for seed in range(5):
-        draw = random.Random(f"{gemm} {seed}")
-        counts, ctas = draw.choices(COUNTS, k=4), draw.choice((1, 2, 3))
-        try:
-            check(gemm, counts, ctas, seed)
-        except AssertionError as error:
-            where = f"rows {counts}, {ctas} CTAs, seed {seed}"
-            raise AssertionError(f"{where}: {str(error)[:500]}") from error
+    check_seeds(partial(check, gemm), str(gemm), COUNTS, 4)
 
 
 def test_more_ctas_than_units_end_as_well():

@@ -53,6 +53,18 @@ class Agent:
         self.products, self.running = {}, []  # wgmma: what a stage held, stages still read
 
 
+def check_seeds(check, name: str, rows: tuple[int, ...], num_experts: int) -> None:
+    """Five times check(rows of every expert, clusters, seed); a failure says what was drawn."""
+    for seed in range(5):
+        draw = random.Random(f"{name} {seed}")
+        counts, clusters = draw.choices(rows, k=num_experts), draw.choice((1, 2, 3))
+        try:
+            check(counts, clusters, seed)
+        except AssertionError as error:
+            where = f"rows {counts}, {clusters} clusters, seed {seed}"
+            raise AssertionError(f"{where}: {str(error)[:500]}") from error
+
+
 class Warps:
     """Agents, events that are still to happen, and barriers, numbered within a CTA."""
 

@@ -151,19 +151,5 @@ class WeightMachine(DeferredMachine):
         rSum.products.append((int(agent.name[-1]), work.unit))
         agent.running.append(stage)
 
-    def store(self, source, target):
-        """A slab is read later: it must hold then what it holds now."""
-        cells = self.cells_of(source)
-        assert all(cell.writer is None for cell in cells), f"{source} is stored too early"
-        values = [cell.values for cell in cells]
-        state = [False]
-        self.agent.open_group.append(state)
-
-        def read():
-            now = [cell.values for cell in cells]
-            assert now == values, f"{source} was overwritten before its store had read it"
-            state[0] = True
-            assert target not in self.outputs, f"{target} is stored twice"
-            self.outputs[target] = [symbols[0][1:] for symbols in now]
-
-        self.events.append(read)
+    def delivered(self, values, target):
+        yield target, [symbols[0][1:] for symbols in values]

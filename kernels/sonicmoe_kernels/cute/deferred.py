@@ -16,7 +16,8 @@ from cutlass import Float32, Int32, const_expr, pipeline
 from cutlass.cute.nvgpu import warpgroup
 
 from sonicmoe_kernels.cute.epilogues import round_pair
-from sonicmoe_kernels.cute.grouped_gemm_m import WARPGROUP, GroupedGemmM, OutputTile
+from sonicmoe_kernels.cute.grouped_gemm_m import WARPGROUP, GroupedGemmM, OutputTile, TmaMap
+from sonicmoe_kernels.cute.tma_ragged import expert_rows
 from sonicmoe_kernels.tiles import TILE_M, WARPGROUP_ROWS
 
 
@@ -115,6 +116,20 @@ class Deferred(GroupedGemmM):
             )
         if memory.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def store_chunk(self, h: TmaMap, a: TmaMap, memory, held, chunk: cutlass.Constexpr, buffer):
+        """Starts the stores of a chunk's halves of H or dH, and of A, from `buffer` on."""
+        halves = self.gemm.halves
+        gH = expert_rows(h.mTensor, held.first, held.length, held.row)
+        gA = expert_rows(a.mTensor, held.first, held.length, held.row)
+        sBox, gH = self.partition_output(h, memory.sStore, gH, (0, None, None))
+        _, gA = self.partition_output(a, memory.sStore, gA, (0, None))
+        column = held.n * self.gemm.epi_chunks + chunk
+        for half in cutlass.range_constexpr(halves):
+            cute.copy(h.atom, sBox[None, buffer + half], gH[None, column, half])
+        cute.copy(a.atom, sBox[None, buffer + halves], gA[None, column])
+        cute.arch.cp_async_bulk_commit_group()
 
     def round_chunk(self, rAcc: cute.Tensor, rSources: list, chunk: int):
         """Rounds a chunk's sums, of each source, to the operands' type."""

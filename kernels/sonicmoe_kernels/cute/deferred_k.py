@@ -10,21 +10,19 @@ Registers of a thread: 128 sums, 64 held, a few for addresses, of 224.
 import cutlass
 import cutlass.cute as cute
 import cutlass.pipeline as pipeline
-from cutlass import Float32, Int32, const_expr
-from cutlass.cute.nvgpu import warp, warpgroup
+from cutlass import Int32, const_expr
+from cutlass.cute.nvgpu import warpgroup
 
 from sonicmoe_kernels.cute.epilogues import round_pair
 from sonicmoe_kernels.cute.grouped_gemm_k import (
     BLOCKS,
     ROWS,
     SLAB,
-    WARPGROUP,
     GroupedGemmK,
-    SlabStore,
     Walk,
     blocks_of_last,
 )
-from sonicmoe_kernels.tiles import TILE_K, TILE_M
+from sonicmoe_kernels.tiles import TILE_K
 
 
 class DeferredGemmK(GroupedGemmK):
@@ -52,24 +50,14 @@ class DeferredGemmK(GroupedGemmK):
         consumer: Int32,
     ):
         """Sums 64 x tile_n of every unit; stores it in slabs during the next unit or at the end."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        thread_mma = mma.get_slice(consumer * WARPGROUP)
-        tCrG = mma.make_fragment_A(thread_mma.partition_A(sG))
-        tCrS = mma.make_fragment_B(thread_mma.partition_B(sS))
-        rSum = cute.make_rmem_tensor(mma.partition_shape_C((TILE_M, self.tile_n)), Float32)
-        copy_slab = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(self.transposed, 4), self.dtype), mma_slab
-        )
-        thread_copy = copy_slab.get_slice(thread)
+        tCrG, tCrS, rSum = self.make_fragments(mma, sG, sS, consumer)
+        out = self.make_slab_store(mma_slab, stores, sOut, consumer)
         slabs = self.tile_n // SLAB
         slab_shape = mma_slab.partition_shape_C((ROWS, SLAB))
         rHeld = [cute.make_rmem_tensor(slab_shape, self.dtype) for _ in range(slabs)]
-        tRrHeld = [thread_copy.retile(rSlab) for rSlab in rHeld]
+        tRrHeld = [out.thread_copy.retile(rSlab) for rSlab in rHeld]
         for rSlab in rHeld:
             rSlab.fill(0)
-        is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
-        tRsOut = thread_copy.partition_D(sOut)
-        out = SlabStore(stores, sOut, copy_slab, tRsOut, consumer, is_issuer)
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = state.clone()
@@ -122,5 +110,5 @@ class DeferredGemmK(GroupedGemmK):
             work = next_work
         for c in cutlass.range_constexpr(slabs):
             self.put_slab(out, tRrHeld[c], held, c)
-        if is_issuer:
+        if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)

@@ -103,6 +103,7 @@ class SlabStore(NamedTuple):
     stores: tuple  # a Store for each output
     sOut: cute.Tensor  # (64, 64, 2 consumers * buffers)
     copy: cute.TiledCopy  # registers to shared memory
+    thread_copy: cute.ThrCopy  # the thread's part of it
     tRsOut: cute.Tensor  # the thread's part of sOut
     consumer: Int32
     is_issuer: Boolean  # true in the one warp that talks to TMA
@@ -456,21 +457,11 @@ class GroupedGemmK:
         consumer: Int32,
     ):
         """Sums 64 x tile_n of every unit and stores it in slabs of 64 columns."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        thread_mma = mma.get_slice(consumer * WARPGROUP)
-        tCrG = mma.make_fragment_A(thread_mma.partition_A(sG))
-        tCrS = mma.make_fragment_B(thread_mma.partition_B(sS))
-        rSum = cute.make_rmem_tensor(mma.partition_shape_C((TILE_M, self.tile_n)), Float32)
-        copy_slab = cute.make_tiled_copy_C(
-            cute.make_copy_atom(warp.StMatrix8x8x16bOp(self.transposed, 4), self.dtype), mma_slab
-        )
-        thread_copy = copy_slab.get_slice(thread)
+        tCrG, tCrS, rSum = self.make_fragments(mma, sG, sS, consumer)
+        out = self.make_slab_store(mma_slab, stores, sOut, consumer)
         rSlab = cute.make_rmem_tensor(mma_slab.partition_shape_C((ROWS, SLAB)), self.dtype)
-        tRrSlab = thread_copy.retile(rSlab)
+        tRrSlab = out.thread_copy.retile(rSlab)
         sums_per_slab = cute.size(rSlab)
-        is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
-        tRsOut = thread_copy.partition_D(sOut)
-        out = SlabStore(stores, sOut, copy_slab, tRsOut, consumer, is_issuer)
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = state.clone()
@@ -516,8 +507,25 @@ class GroupedGemmK:
                     rSlab[i] = rSum[c * sums_per_slab + i].to(self.dtype)
                 self.put_slab(out, tRrSlab, work, c)
             work = next_work
-        if is_issuer:
+        if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def make_fragments(self, mma, sG, sS, consumer) -> tuple:
+        """A consumer's parts of the stages of G and S, and its sums."""
+        thread_mma = mma.get_slice(consumer * WARPGROUP)
+        tCrG = mma.make_fragment_A(thread_mma.partition_A(sG))
+        tCrS = mma.make_fragment_B(thread_mma.partition_B(sS))
+        shape = mma.partition_shape_C((TILE_M, self.tile_n))
+        return tCrG, tCrS, cute.make_rmem_tensor(shape, Float32)
+
+    def make_slab_store(self, mma_slab, stores, sOut, consumer) -> SlabStore:
+        """How a consumer stores slabs."""
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(self.transposed, 4), self.dtype)
+        copy_slab = cute.make_tiled_copy_C(atom, mma_slab)
+        thread_copy = copy_slab.get_slice(cute.arch.thread_idx()[0] % WARPGROUP)
+        is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
+        tRsOut = thread_copy.partition_D(sOut)
+        return SlabStore(stores, sOut, copy_slab, thread_copy, tRsOut, consumer, is_issuer)
 
     @cute.jit
     def put_slab(self, out: SlabStore, tRrSlab: cute.Tensor, work: Work, c: cutlass.Constexpr):

@@ -9,7 +9,6 @@ from cutlass import Float32
 
 from sonicmoe_kernels.cute.deferred import Deferred
 from sonicmoe_kernels.cute.epilogues import activate
-from sonicmoe_kernels.cute.tma_ragged import expert_rows
 from sonicmoe_kernels.cute.up import Up
 
 
@@ -44,12 +43,4 @@ class UpDeferred(Deferred, Up):
         cute.copy(copy, thread_copy.retile(rA), sTo[None, None, None, buffer + halves])
         self.publish(memory)
         if memory.is_issuer and held.row < held.length:
-            gH = expert_rows(epilogue.h.mTensor, held.first, held.length, held.row)
-            gA = expert_rows(epilogue.a.mTensor, held.first, held.length, held.row)
-            sBox, gH = self.partition_output(epilogue.h, memory.sStore, gH, (0, None, None))
-            _, gA = self.partition_output(epilogue.a, memory.sStore, gA, (0, None))
-            column = held.n * gemm.epi_chunks + chunk
-            for half in cutlass.range_constexpr(halves):
-                cute.copy(epilogue.h.atom, sBox[None, buffer + half], gH[None, column, half])
-            cute.copy(epilogue.a.atom, sBox[None, buffer + halves], gA[None, column])
-            cute.arch.cp_async_bulk_commit_group()
+            self.store_chunk(epilogue.h, epilogue.a, memory, held, chunk, buffer)
