@@ -66,13 +66,11 @@ EXTRA_CASES = (
 
 WEIGHT_TILES = (
     WeightTile(256, 4, 2),
-    WeightTile(256, 4, 2, short_end=True),
-    WeightTile(256, 4, 2, level=True),
-    WeightTile(256, 4, 2, deferred=True),
-    WeightTile(256, 4, 2, short_end=True, level=True, deferred=True),
+    WeightTile(256, 4, 1),
+    WeightTile(192, 4, 2),
 )
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(256, 4, "deferred")),
+    "up": (RowTile(256, 4),),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
@@ -81,7 +79,6 @@ VARIANTS = {
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
         RowTile(256, 3, "relayed", load_sets=4),
-        RowTile(256, 3, "deferred", load_sets=2),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from sonicmoe_kernels.activations import get_activation
 
 RowKernel = Literal["up", "down", "d_hidden", "d_input"]
-Schedule = Literal["cooperative", "pingpong", "relayed", "deferred"]
+Schedule = Literal["cooperative", "pingpong", "relayed"]
 
 TILE_M = 128  # two warpgroups of 64 rows, or one warpgroup with two blocks of 64
 TILE_K = 64  # 128 bytes of 16-bit elements: one swizzle row, four wgmma deep
@@ -39,8 +39,6 @@ class RowTile:
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
-    "deferred": both multiply one tile, hold its sums in 16 bits, and run the epilogue between the
-    first products of the next one.
     """
 
     tile_n: int
@@ -130,11 +128,6 @@ class RowGemm:
         return self.tile.schedule == "relayed"
 
     @property
-    def rounds_sums(self) -> bool:
-        """Whether the epilogue starts from sums in 16 bits."""
-        return self.tile.schedule in ("relayed", "deferred")
-
-    @property
     def store_buffers(self) -> int:
         """Chunks of shared memory that the epilogue stores from.
 
@@ -183,12 +176,6 @@ def why_illegal(gemm: RowGemm) -> str | None:
     blocks = 2 if tile.schedule == "pingpong" else 1
     if tile.schedule == "pingpong" and tile.tile_n * blocks // 2 > 192:
         return "ping-pong keeps 128 rows in one warpgroup: over 192 accumulators a thread spill"
-    if tile.schedule == "deferred" and not gemm.gathers:
-        return "a deferred epilogue is written for up and d_hidden only"
-    if tile.schedule == "deferred" and gemm.k_tiles < gemm.epi_chunks:
-        return (
-            f"a deferred epilogue of {gemm.epi_chunks} chunks does not fit {gemm.k_tiles} k tiles"
-        )
     if gemm.relayed and gemm.kernel != "d_hidden":
         return "a relayed epilogue is written for d_hidden only"
     if gemm.relayed and tile.epi_n != 32:
@@ -287,9 +274,6 @@ class WeightTile:
     """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
 
     stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
-    short_end: blocks of 16 rows behind an expert's last are not multiplied. level: a wave leaves
-    out the clusters that have got more work than others by a unit (schedule_k.py). deferred: a
-    tile is stored under the products of the next one (deferred_k.py).
     Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
     1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
@@ -297,9 +281,6 @@ class WeightTile:
     tile_n: int
     stages: int
     cluster: int
-    short_end: bool = False
-    level: bool = False
-    deferred: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,21 +15,13 @@ class ExpertKernel(NamedTuple):
 
 # One symbol serves both weight gradients, and one both aggregations.
 EXPERTS = {
-    "up": ExpertKernel({"up": "Up", "up_deferred": "UpDeferred"}, ("up",)),
+    "up": ExpertKernel({"up": "Up"}, ("up",)),
     "down": ExpertKernel({"down": "Down"}, ("down",)),
     "d_hidden": ExpertKernel(
-        {
-            "d_hidden": "DHidden",
-            "d_hidden_relayed": "DHiddenRelayed",
-            "d_hidden_deferred": "DHiddenDeferred",
-        },
-        ("d_hidden",),
+        {"d_hidden": "DHidden", "d_hidden_relayed": "DHiddenRelayed"}, ("d_hidden",)
     ),
     "d_input": ExpertKernel({"d_input": "DInput"}, ("d_input",)),
-    "d_weights": ExpertKernel(
-        {"grouped_gemm_k": "GroupedGemmK", "deferred_k": "DeferredGemmK"},
-        ("d_weight2", "d_weight13"),
-    ),
+    "d_weights": ExpertKernel({"grouped_gemm_k": "GroupedGemmK"}, ("d_weight2", "d_weight13")),
     "aggregate": ExpertKernel({"aggregate": "Aggregate"}, ("aggregate_out", "aggregate_dx")),
 }
 ROUTING = {

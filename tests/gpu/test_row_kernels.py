@@ -26,12 +26,10 @@ from tests.gpu.row_kernels import (
 
 # Widths that fill no tile, an odd number of n tiles, and more n tiles than one cluster takes.
 WIDTHS = ((64, 64), (192, 192), (128, 320), (320, 128), (768, 256), (1536, 256))
-# Every kernel with the tile that the table picks, and those whose epilogue runs under products.
+# Every kernel with the tile that the table picks, and relayed dH wherever it is legal.
 CHOICES = [
     *((kernel, None) for kernel in KERNELS),
     ("d_hidden", RowTile(256, 3, "relayed", load_sets=4)),
-    ("d_hidden", RowTile(256, 3, "deferred", load_sets=2)),
-    ("up", RowTile(256, 4, "deferred")),
 ]
 REPEATS = 1000
 HUGE = 2**31  # elements: beyond it 32-bit offsets overflow

@@ -79,6 +79,7 @@ def schedule(warp: Warp) -> dict[str, Any]:
             arch=arch,
         ),
         "Constexpr": object,
+        "Float32": float,
         "Int32": int,
         "Uint32": int,
         "bits_below": lambda lane: (1 << lane) - 1,
@@ -168,6 +169,7 @@ def test_few_large_experts_leave_no_cluster_with_much_more_than_its_part():
     rows = [min(24576, int(196608 * part / sum(parts))) for part in parts]
     costs = [-(-r // 64) + 1 for r in rows for _ in range(12)]
     mean, clusters = sum(costs) / 66, 66
+    assert schedule(Warp())["uneven"](rows[0], sum(rows), 128, 12, clusters)
     level = max(sum(costs[unit] for unit in units) for units in expected(costs, clusters))
     loads = [0] * clusters
     for unit, cost in enumerate(costs):  # a wave for everybody
@@ -175,3 +177,21 @@ def test_few_large_experts_leave_no_cluster_with_much_more_than_its_part():
         loads[clusters - 1 - place if wave % 2 else place] += cost
     assert level < 1.01 * max(mean, costs[0])
     assert max(loads) > 1.2 * level
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([1536] * 128, 0),
+        ([3000] + [1536] * 127, 0),  # less than twice the mean
+        ([6000] + [1536] * 127, 1),
+        ([0] * 128, 0),
+        ([24576] + [0] * 127, 1),
+    ],
+    ids=["balanced", "nearly", "skewed", "no rows", "one expert"],
+)
+def test_level_waves_are_left_to_skewed_routings(rows, wanted):
+    uneven = schedule(Warp())["uneven"]
+    assert uneven(max(rows), sum(rows), len(rows), 6, 66) == wanted
+    # with so many units each cluster gets a part of every expert
+    assert uneven(max(rows), sum(rows), len(rows), 10000, 66) == 0

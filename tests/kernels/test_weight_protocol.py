@@ -10,7 +10,6 @@ import pytest
 
 pytest.importorskip("cutlass")
 import cutlass.cute as cute
-from sonicmoe_kernels.cute.deferred_k import DeferredGemmK
 from sonicmoe_kernels.cute.grouped_gemm_k import (
     CONSUMERS,
     ROWS,
@@ -25,26 +24,20 @@ from tests.kernels.warps import check_seeds
 from tests.kernels.weight_machine import WeightMachine
 
 COUNTS = (0, 1, 15, 16, 17, 63, 64, 65, 128, 129, 200, 255, 256, 257, 300, 385)
-SCHEDULES = ({}, {"short_end": True}, {"deferred": True}, {"deferred": True, "short_end": True})
-SIZES = {  # one n tile of two halves and half an m tile; an odd number of slabs, two n tiles
-    "d_weight13": (320, 128, 2, 256, 3),
-    "d_weight2": (192, 320, 1, 192, 2),
-}
-
-
-def gemm_of(kernel: str, schedule: dict[str, bool]) -> WeightGemm:
-    d, f, halves, tile_n, stages = SIZES[kernel]
-    return WeightGemm(kernel, d, f, halves, "bfloat16", WeightTile(tile_n, stages, 1, **schedule))
+GEMMS = [  # half an m tile, one n tile of two halves; an odd number of slabs, two n tiles; one slab
+    WeightGemm("d_weight13", 320, 128, 2, "bfloat16", WeightTile(256, 3, 1)),
+    WeightGemm("d_weight2", 192, 320, 1, "bfloat16", WeightTile(192, 2, 1)),
+    WeightGemm("d_weight2", 128, 64, 1, "bfloat16", WeightTile(64, 2, 1)),
+]
 
 
 def expected(gemm, machine):
     """{(half, 64 rows of D, slab, expert): whose sums, of which unit, k tiles and column}."""
     slabs = gemm.tile.tile_n // SLAB
-    least = slabs if gemm.tile.deferred else 1
     found = {}
     for slot, expert in enumerate(machine.order):
         rows = machine.offsets[expert + 1] - machine.offsets[expert]
-        k_tiles = max(-(-rows // TILE_K), least)
+        k_tiles = max(-(-rows // TILE_K), slabs)
         for row in range(-(-gemm.d // ROWS)):
             for slab in range(gemm.n // SLAB):
                 half, column = divmod(slab, gemm.f // SLAB)
@@ -62,29 +55,37 @@ def check(gemm, counts, ctas, seed):
     assert machine.outputs == expected(gemm, machine)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: " ".join(s) or "plain")
-@pytest.mark.parametrize("kernel", SIZES)
-def test_every_interleaving_stores_every_slab_once(kernel, schedule):
-    gemm = gemm_of(kernel, schedule)
+@pytest.mark.parametrize("gemm", GEMMS, ids=lambda gemm: f"{gemm.kernel}-{gemm.tile.tile_n}")
+def test_every_interleaving_stores_every_slab_once(gemm):
     assert why_illegal_weights(gemm) is None
     check_seeds(partial(check, gemm), str(gemm), COUNTS, 4)
 
 
 def test_more_ctas_than_units_end_as_well():
-    check(gemm_of("d_weight13", {"deferred": True}), [65, 0], 9, 0)
+    check(GEMMS[0], [65, 0], 9, 0)
 
 
 def test_the_machine_notices_fewer_k_tiles_than_slabs(monkeypatch):
     def all_there_are(self, rows):
         return max((rows + 63) // 64, 1)
 
-    monkeypatch.setattr(DeferredGemmK, "k_tiles", all_there_are)
+    monkeypatch.setattr(GroupedGemmK, "k_tiles", all_there_are)
     with pytest.raises(AssertionError):
-        check(gemm_of("d_weight13", {"deferred": True}), [65, 300], 1, 0)
+        check(GEMMS[0], [65, 300], 1, 0)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: " ".join(s) or "plain")
-def test_the_machine_notices_buffers_that_nobody_waits_for(schedule, monkeypatch):
+def test_the_machine_notices_a_slab_that_is_held_twice(monkeypatch):
+    def hold_the_first(self, rSum, rSlab, c):
+        rWords = cute.recast_tensor(rSlab, None)
+        for i in range(cute.size(rWords)):
+            rWords[i] = (rSum[2 * i], rSum[2 * i + 1])
+
+    monkeypatch.setattr(GroupedGemmK, "hold_slab", hold_the_first)
+    with pytest.raises(AssertionError):
+        check(GEMMS[0], [65, 300], 1, 0)
+
+
+def test_the_machine_notices_buffers_that_nobody_waits_for(monkeypatch):
     def unwaited(self, out, tRrSlab, work, c):
         buffer = out.consumer * STORE_BUFFERS + c % STORE_BUFFERS
         cute.copy(out.copy, tRrSlab, out.tRsOut[None, None, None, buffer])
@@ -96,4 +97,4 @@ def test_the_machine_notices_buffers_that_nobody_waits_for(schedule, monkeypatch
     monkeypatch.setattr(GroupedGemmK, "put_slab", unwaited)
     with pytest.raises(AssertionError, match="was overwritten before its store had read it"):
         for seed in range(10):
-            check(gemm_of("d_weight13", schedule), [65, 300], 1, seed)
+            check(GEMMS[0], [65, 300], 1, seed)

@@ -1,7 +1,7 @@
-"""CTAs whose consumers run a weight gradient kernel's own Python code, in random order.
+"""CTAs whose consumers run the weight gradients' own Python code, in random order.
 
-Their producer is played: a stage says which k tile of which unit it holds. What the consumers call
-is the machine of deferred_machine.py.
+Their producer is played: a stage says which k tile of which unit it holds. A consumer warpgroup is
+one agent, which writes a slab whole; TMA reads it later. The rest is relayed_machine.py's.
 """
 
 from __future__ import annotations
@@ -10,20 +10,15 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 from sonicmoe_kernels.cute import schedule_k
-from sonicmoe_kernels.cute.deferred_k import DeferredGemmK
 from sonicmoe_kernels.cute.grouped_gemm_k import (
-    BLOCK,
-    BLOCKS,
     CONSUMERS,
     WARPGROUP,
     GroupedGemmK,
     Store,
     Walk,
-    blocks_of_last,
 )
-from sonicmoe_kernels.tiles import TILE_K, WeightGemm
+from sonicmoe_kernels.tiles import SLICES, WeightGemm
 
-from tests.kernels.deferred_machine import DeferredMachine, Held, Words
 from tests.kernels.relayed_machine import Cell, Machine
 from tests.kernels.symbols import (
     FRAGMENT,
@@ -32,6 +27,7 @@ from tests.kernels.symbols import (
     Boxes,
     Cells,
     Lanes,
+    Registers,
     Symbol,
     rebind,
 )
@@ -45,6 +41,26 @@ class SlabLanes(Lanes):
         return sOut
 
 
+class Held(Registers):
+    """A slab of sums in 16 bits; nothing before the first unit."""
+
+    def fill(self, value):
+        self[:] = [Symbol(("nothing",))] * len(self)
+
+
+class Words:
+    """The same, two values a word."""
+
+    def __init__(self, halves):
+        self.halves = halves
+
+    def __len__(self):
+        return len(self.halves) // 2
+
+    def __setitem__(self, i, pair):
+        self.halves[2 * i : 2 * i + 2] = pair
+
+
 class Sums(Accumulators):
     """A consumer's sums: whose, of which unit, over how many k tiles."""
 
@@ -52,8 +68,8 @@ class Sums(Accumulators):
         return Symbol(("sum", *self.products[0], len(self.products), i))
 
 
-class WeightMachine(DeferredMachine):
-    """Plays DeferredGemmK or GroupedGemmK without clusters; the units go around `ctas` CTAs."""
+class WeightMachine(Machine):
+    """Plays GroupedGemmK without clusters; the units go around `ctas` CTAs."""
 
     replaced = ("multiply",)
 
@@ -63,15 +79,14 @@ class WeightMachine(DeferredMachine):
         self.offsets = [sum(counts[:e]) for e in range(len(counts) + 1)]
         self.order = sorted(range(len(counts)), key=lambda e: (-counts[e], e))
         self.outputs = {}
-        kernel_class = DeferredGemmK if gemm.tile.deferred else GroupedGemmK
-        self.kernel = Machine.instrument(self, kernel_class)
+        self.kernel = self.instrument(GroupedGemmK)
 
     def fakes(self):
         names = {"Int32": int, "const_expr": lambda x: x}
-        fakes = Machine.fakes(self) | {"round_pair": lambda low, high, _: (low, high)}
+        fakes = super().fakes() | {"round_pair": lambda low, high, _: (low, high)}
         for name in ("unit_of", "place_of"):
             fakes[name] = rebind(getattr(schedule_k, name).__wrapped__, names)
-        fakes["blocks_of_last"] = rebind(blocks_of_last.__wrapped__, names)
+        fakes["start_loads"] = fakes["next_level_unit"] = Anything()  # test_level_schedule.py
         fakes["cutlass"].max = max
         fakes["warp"] = Anything()
         fakes["cpasync"] = SimpleNamespace(
@@ -81,15 +96,21 @@ class WeightMachine(DeferredMachine):
         cute.arch.barrier = lambda **_: self.synchronise()
         cute.arch.block_idx = lambda: (self.agent.cta, 0, 0)
         cute.arch.grid_dim = lambda: (self.ctas, 1, 1)
-        cute.make_rmem_tensor = lambda _, element: (
-            Sums() if element is float else Held([None] * FRAGMENT)
-        )
+        cute.arch.lane_idx = lambda: 0
+        cute.arch.warp_redux_sync = lambda value, _: value
+        cute.make_rmem_tensor = self.make_registers
         cute.recast_tensor = lambda halves, _: Words(halves)
         cute.make_copy_atom = cute.make_layout = Anything()
         cute.make_tiled_copy_C = lambda *_: SlabLanes("put")
         cute.group_modes = lambda tensor, *_: tensor
         cute.local_tile = lambda name, _, place: (name, *place)
         return fakes
+
+    @staticmethod
+    def make_registers(_shape, element):
+        if element is int:
+            return Registers([0] * 2)
+        return Sums() if element is float else Held([None] * FRAGMENT)
 
     def run(self):
         kernel, gemm = self.kernel, self.gemm
@@ -104,7 +125,7 @@ class WeightMachine(DeferredMachine):
                 consumer_release=self.release,
             )
             units = (len(self.offsets) - 1) * gemm.m_units * gemm.n_tiles
-            walk = Walk(self.offsets, self.order, len(self.offsets) - 1, units, 0)
+            walk = Walk(self.offsets, self.order, len(self.offsets) - 1, units, rank=0, level=0)
             stores = tuple(Store("store", name) for name in range(gemm.halves))
 
             def consume(group, walk=walk, ring=ring, stores=stores):
@@ -119,17 +140,17 @@ class WeightMachine(DeferredMachine):
             self.play()
 
     def produce(self, walk):
-        """Fills stage after stage with (unit, k tile, rows) in the consumers' order."""
-        wave = index = phase = 0
-        while (work := self.kernel.work_of(walk, wave)).unit < walk.units:
+        """Fills stage after stage with (unit, k tile) in the consumers' order."""
+        index = phase = 0
+        waves = self.kernel.before_first_wave()
+        while (work := self.kernel.next_work(walk, *waves)).unit < walk.units:
             for k in range(self.kernel.k_tiles(work.rows)):
                 self.wait(("empty", index), phase ^ 1)
-                self.stage_b[index] = (work, k)
+                self.stage_b[index] = (work.unit, k)
                 self.barrier(("full", index)).arrive(1)
                 self.pause()
                 index = (index + 1) % self.gemm.tile.stages
                 phase ^= index == 0
-            wave += 1
 
     def release(self, state):
         agent = self.agent
@@ -139,17 +160,31 @@ class WeightMachine(DeferredMachine):
         self.barrier(("empty", state.index)).arrive(agent.threads // 32)
         self.pause()
 
-    def multiply(self, _mma, rSum, _g, _s, stage, first, blocks=BLOCKS):
-        """Checks that k tiles come in turn, and that no row is left out."""
+    def multiply(self, _mma, rSum, _g, _s, stage, first):
+        """Checks that k tiles come in turn."""
         agent = self.agent
-        work, k = agent.products[stage] = self.stage_b[stage]
+        unit, k = agent.products[stage] = self.stage_b[stage]
         if first:
             rSum.products = []
         assert k == len(rSum.products)
-        needed = min(max(work.rows - k * TILE_K, 0), TILE_K)
-        assert blocks * BLOCK >= needed, f"{needed} rows, {blocks} blocks"
-        rSum.products.append((int(agent.name[-1]), work.unit))
+        rSum.products.append((int(agent.name[-1]), unit))
         agent.running.append(stage)
 
-    def delivered(self, values, target):
-        yield target, [symbols[0][1:] for symbols in values]
+    def store(self, source, target):
+        """A store is read later: its buffer must hold then what it holds now."""
+        space, buffer = source
+        cells = [self.cell((space, buffer * SLICES + part)) for part in range(SLICES)]
+        for cell in cells:
+            assert cell.writer is None, f"{source} is stored before TMA can see it"
+        values = [cell.values for cell in cells]
+        state = [False]
+        self.agent.open_group.append(state)
+
+        def read():
+            now = [cell.values for cell in cells]
+            assert now == values, f"{source} was overwritten before its store had read it"
+            state[0] = True
+            assert target not in self.outputs, f"{target} is stored twice"
+            self.outputs[target] = [symbols[0][1:] for symbols in values]
+
+        self.events.append(read)

@@ -29,7 +29,7 @@ from sonicmoe_kernels.block_stages import (
 from sonicmoe_kernels.cute.aggregate import Aggregate
 from sonicmoe_kernels.cute.balance import Balance
 from sonicmoe_kernels.cute.build_rows import instance_of
-from sonicmoe_kernels.cute.build_weights import instance_of as weight_gemm
+from sonicmoe_kernels.cute.grouped_gemm_k import GroupedGemmK
 from sonicmoe_kernels.cute.membership import Membership
 from sonicmoe_kernels.cute.plan_rows import PlanRows
 from sonicmoe_kernels.cute.statistics import Statistics, Sums
@@ -233,7 +233,7 @@ class WeightGradients(Stage):
     def __init__(self, layer: BlockLayer):
         super().__init__(layer)
         gemm = pick_weights("d_weight13", d=layer.d, f=layer.f, halves=halves_of(layer))
-        self.d_weight13 = weight_gemm(gemm)
+        self.d_weight13 = GroupedGemmK(gemm)
 
     @cute.jit
     def __call__(
@@ -265,10 +265,10 @@ class Gradients(Stage):
         super().__init__(layer)
         self.d_hidden_gemm = self.pick_rows("d_hidden")
         self.d_hidden = instance_of(self.d_hidden_gemm)
-        self.d_weight2 = weight_gemm(pick_weights("d_weight2", d=layer.d, f=layer.f))
+        self.d_weight2 = GroupedGemmK(pick_weights("d_weight2", d=layer.d, f=layer.f))
         self.topk_gradient = TopKGradient(topk_gradient(layer))
         self.gate_input = instance_of(pick_rows("d_input", d=layer.d, f=self.E, num_experts=1))
-        self.gate_weight = weight_gemm(pick_weights("d_weight13", d=layer.d, f=self.E))
+        self.gate_weight = GroupedGemmK(pick_weights("d_weight13", d=layer.d, f=self.E))
         self.d_input = instance_of(self.pick_rows("d_input"))
         self.aggregate = self.aggregation(weighted=False)
         self.weight_gradients = WeightGradients(layer)

@@ -12,21 +12,14 @@ from cutlass import Float32, Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from sonicmoe_kernels.cute.d_hidden import DHidden
-from sonicmoe_kernels.cute.d_hidden_deferred import DHiddenDeferred
 from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed
 from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
 from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.cute.up import Up
-from sonicmoe_kernels.cute.up_deferred import UpDeferred
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
 KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
-SCHEDULED = {  # schedules with a class of their own
-    ("up", "deferred"): UpDeferred,
-    ("d_hidden", "relayed"): DHiddenRelayed,
-    ("d_hidden", "deferred"): DHiddenDeferred,
-}
 TMA_ALIGN = 16  # bytes
 
 
@@ -78,8 +71,7 @@ def build(gemm: RowGemm) -> Any:
 
 def instance_of(gemm: RowGemm) -> GroupedGemmM:
     """The kernel's object, by name and schedule."""
-    kernel = SCHEDULED.get((gemm.kernel, gemm.tile.schedule), KERNELS[gemm.kernel])
-    return kernel(gemm)
+    return DHiddenRelayed(gemm) if gemm.relayed else KERNELS[gemm.kernel](gemm)
 
 
 def compile_instance(kernel: GroupedGemmM) -> Any:

@@ -11,7 +11,6 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from sonicmoe_kernels.cute.deferred_k import DeferredGemmK
 from sonicmoe_kernels.cute.grouped_gemm_k import GroupedGemmK
 from sonicmoe_kernels.tiles import WeightGemm, why_illegal_weights
 
@@ -46,11 +45,6 @@ def arguments(gemm: WeightGemm) -> tuple:
     return gathered, index, expert_offsets, dense(rows, halves, f), dense(experts, f, d), dw3
 
 
-def instance_of(gemm: WeightGemm) -> GroupedGemmK:
-    """The kernel of a configuration."""
-    return DeferredGemmK(gemm) if gemm.tile.deferred else GroupedGemmK(gemm)
-
-
 def build(gemm: WeightGemm) -> Any:
     """Compiles `gemm`.
 
@@ -62,5 +56,5 @@ def build(gemm: WeightGemm) -> Any:
         raise ValueError(f"kernel {gemm.kernel} cannot be compiled: {reason} ({gemm})")
     stream = make_fake_stream(use_tvm_ffi_env_stream=True)
     return cute.compile(
-        instance_of(gemm), *arguments(gemm), Int32(0), stream, options="--enable-tvm-ffi"
+        GroupedGemmK(gemm), *arguments(gemm), Int32(0), stream, options="--enable-tvm-ffi"
     )

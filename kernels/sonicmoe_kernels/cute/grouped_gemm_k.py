@@ -23,6 +23,7 @@ from cutlass import Boolean, Float32, Int16, Int32, Int64, const_expr
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
 from cutlass.tensor_utils import LayoutEnum
 
+from sonicmoe_kernels.cute.epilogues import round_pair
 from sonicmoe_kernels.cute.gather_k import (
     GATHER_THREADS,
     gather_tile_k,
@@ -36,6 +37,7 @@ from sonicmoe_kernels.cute.schedule_k import (
     slot_of,
     start_loads,
     tracked_clusters,
+    uneven,
     unit_of,
 )
 from sonicmoe_kernels.cute.tma_ragged import BIG, ragged_view
@@ -58,15 +60,6 @@ STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
 PRODUCER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
-BLOCK = 16  # rows of one wgmma
-BLOCKS = TILE_K // BLOCK
-
-
-@cute.jit
-def blocks_of_last(rows: Int32) -> Int32:
-    """Blocks that the last k tile of an expert with rows has to multiply, 1 to BLOCKS."""
-    rest = rows - (rows - 1) // TILE_K * TILE_K
-    return (rest + (BLOCK - 1)) // BLOCK
 
 
 class Walk(NamedTuple):
@@ -77,6 +70,7 @@ class Walk(NamedTuple):
     num_experts: Int32
     units: Int32
     rank: Int32  # of the CTA in its cluster
+    level: Int32  # 1 where waves leave out clusters that are ahead
 
 
 class Work(NamedTuple):
@@ -134,7 +128,6 @@ class GroupedGemmK:
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
         self.cluster = gemm.tile.cluster
-        self.short_end, self.level = gemm.tile.short_end, gemm.tile.level
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
@@ -284,9 +277,9 @@ class GroupedGemmK:
         if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()
         cute.arch.sync_threads()
-        walk = Walk(
-            mExpertOffsets, sOrder, num_experts, num_experts * (self.m_units * self.n_tiles), rank
-        )
+        units = num_experts * (self.m_units * self.n_tiles)
+        level = self.wants_level_waves(mExpertOffsets, num_experts, sOrder)
+        walk = Walk(mExpertOffsets, sOrder, num_experts, units, rank, level)
         sG = storage.sG.get_tensor(layout_g.outer, swizzle=layout_g.inner)
         sS = storage.sS.get_tensor(layout_s.outer, swizzle=layout_s.inner)
         sOut = storage.sOut.get_tensor(layout_out.outer, swizzle=layout_out.inner)
@@ -322,15 +315,22 @@ class GroupedGemmK:
                 sOrder[slot_of(expert, sRows, num_experts)] = Int16(expert)
 
     @cute.jit
-    def work_of(self, walk: Walk, wave: Int32) -> Work:
-        """This CTA's tile in `wave`; past the last unit its expert and rows are anybody's."""
-        cluster = cute.arch.block_idx()[0] // self.cluster
-        clusters = cute.arch.grid_dim()[0] // self.cluster
-        return self.work_at(walk, unit_of(wave, cluster, clusters))
+    def wants_level_waves(
+        self, mOffsets: cute.Tensor, num_experts: Int32, sOrder: cute.Tensor
+    ) -> Int32:
+        """1 if waves for everybody would give some clusters much more than their part, else 0."""
+        level = Int32(0)
+        if num_experts <= WEIGHT_SORTED_EXPERTS:
+            longest = Int32(sOrder[0])
+            rows = mOffsets[longest + 1] - mOffsets[longest]
+            clusters = cute.arch.grid_dim()[0] // self.cluster
+            units = self.m_units * self.n_tiles
+            level = uneven(rows, mOffsets[num_experts], num_experts, units, clusters)
+        return cute.arch.warp_redux_sync(level, "max")
 
     @cute.jit
     def work_at(self, walk: Walk, unit: Int32) -> Work:
-        """This CTA's tile of a unit."""
+        """This CTA's tile of a unit; past the last one its expert and rows are anybody's."""
         slot, m, n = place_of(cutlass.min(unit, walk.units - 1), self.m_units, self.n_tiles)
         expert = slot
         if walk.num_experts <= WEIGHT_SORTED_EXPERTS:
@@ -340,31 +340,30 @@ class GroupedGemmK:
         return Work(unit, expert, m * self.cluster + walk.rank, n, first, rows)
 
     def before_first_wave(self) -> tuple:
-        """What `next_work` carries from wave to wave where these are level, else nothing.
+        """What `next_work` carries from wave to wave.
 
         The load of the lane's clusters, the next wave, and its first unit.
         """
-        if not self.level:
-            return ()
         rLoads = cute.make_rmem_tensor(tracked_clusters(self.cluster), Int32)
         rNext = cute.make_rmem_tensor(2, Int32)
-        clusters = cute.arch.grid_dim()[0] // self.cluster
-        start_loads(rLoads, cute.arch.lane_idx(), clusters)
+        start_loads(rLoads, cute.arch.lane_idx(), cute.arch.grid_dim()[0] // self.cluster)
         rNext.fill(0)
         return rLoads, rNext
 
-    def next_work(self, walk: Walk, wave: Int32, carried: tuple) -> Work:
-        """This CTA's tile in `wave`, or its next one where waves are level."""
-        return self.next_level_work(walk, *carried) if self.level else self.work_of(walk, wave)
-
     @cute.jit
-    def next_level_work(self, walk: Walk, rLoads: cute.Tensor, rNext: cute.Tensor) -> Work:
+    def next_work(self, walk: Walk, rLoads: cute.Tensor, rNext: cute.Tensor) -> Work:
         """This CTA's next tile; all lanes of a warp call it together."""
         cluster = cute.arch.block_idx()[0] // self.cluster
-        unit = next_level_unit(
-            rLoads, rNext, cluster, walk.units, lambda unit: self.cost(walk, unit)
-        )
+        clusters = cute.arch.grid_dim()[0] // self.cluster
+        unit = unit_of(rNext[0], cluster, clusters)
+        if walk.level == 0:
+            rNext[0] += 1
+        else:
+            unit = next_level_unit(
+                rLoads, rNext, cluster, walk.units, lambda unit: self.cost(walk, unit)
+            )
         work = self.work_at(walk, unit)
+        # The same in all lanes, which the compiler must see: it puts TMA into loops otherwise.
         return work._replace(expert=cute.arch.warp_redux_sync(work.expert, "max"))
 
     @cute.jit
@@ -374,7 +373,11 @@ class GroupedGemmK:
 
     @cute.jit
     def k_tiles(self, rows: Int32) -> Int32:
-        return cutlass.max((rows + (TILE_K - 1)) // TILE_K, 1)
+        """Not fewer than slabs: those behind the expert's end multiply zeros, which nobody loads.
+
+        A product that is made on one of two ways only makes the compiler wait for every one.
+        """
+        return cutlass.max((rows + (TILE_K - 1)) // TILE_K, self.tile_n // SLAB)
 
     @cute.jit
     def produce(
@@ -395,12 +398,11 @@ class GroupedGemmK:
         kept_row = row_of_lane(cute.arch.lane_idx(), warp_index, TILE_M)
         stage_pointer = cute.recast_ptr(sG.iterator, dtype=self.dtype)  # without swizzle
         everyone = Int16((1 << self.cluster) - 1)
-        wave, carried = Int32(0), self.before_first_wave()
-        work = self.next_work(walk, wave, carried)
+        waves = self.before_first_wave()
+        work = self.next_work(walk, *waves)
         index = load_row_index(mIndex_R, work.first, kept_row, work.rows)
         while work.unit < walk.units:
-            wave += 1
-            next_work = self.next_work(walk, wave, carried)
+            next_work = self.next_work(walk, *waves)
             end = work.first + work.rows
             gS = cute.local_tile(
                 cute.domain_offset((0, BIG - work.rows), tma_s[None, None, BIG, end]),
@@ -456,30 +458,34 @@ class GroupedGemmK:
         sOut: cute.Tensor,
         consumer: Int32,
     ):
-        """Sums 64 x tile_n of every unit and stores it in slabs of 64 columns."""
+        """Sums 64 x tile_n of every unit; stores it in slabs during the next unit or at the end."""
         tCrG, tCrS, rSum = self.make_fragments(mma, sG, sS, consumer)
         out = self.make_slab_store(mma_slab, stores, sOut, consumer)
-        rSlab = cute.make_rmem_tensor(mma_slab.partition_shape_C((ROWS, SLAB)), self.dtype)
-        tRrSlab = out.thread_copy.retile(rSlab)
-        sums_per_slab = cute.size(rSlab)
+        slabs = self.tile_n // SLAB
+        slab_shape = mma_slab.partition_shape_C((ROWS, SLAB))
+        rHeld = [cute.make_rmem_tensor(slab_shape, self.dtype) for _ in range(slabs)]
+        tRrHeld = [out.thread_copy.retile(rSlab) for rSlab in rHeld]
+        for rSlab in rHeld:
+            rSlab.fill(0)
 
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         release = state.clone()
-        wave, carried = Int32(0), self.before_first_wave()
-        work = self.next_work(walk, wave, carried)
+        waves = self.before_first_wave()
+        work = self.next_work(walk, *waves)
+        held = work._replace(m=Int32(self.D))  # beyond all rows: nothing is stored
         while work.unit < walk.units:
-            wave += 1
-            next_work = work
-            if const_expr(not self.level):
-                next_work = self.next_work(walk, wave, carried)
-            ring.consumer_wait(state)
-            cute.arch.fence_proxy("async.shared", space="cta")
-            self.multiply(mma, rSum, tCrG, tCrS, state.index, True)
-            state.advance()
-            if const_expr(self.level):  # while the tensor cores are busy
-                next_work = self.next_work(walk, wave, carried)
-            k_tiles = self.k_tiles(work.rows)
-            for _ in cutlass.range(1, k_tiles - int(self.short_end), unroll=1):
+            for c in cutlass.range_constexpr(slabs):
+                ring.consumer_wait(state)
+                cute.arch.fence_proxy("async.shared", space="cta")
+                self.multiply(mma, rSum, tCrG, tCrS, state.index, c == 0)
+                state.advance()
+                self.put_slab(out, tRrHeld[c], held, c)
+                if const_expr(c > 0):
+                    warpgroup.wait_group(1)
+                    ring.consumer_release(release)
+                    release.advance()
+            next_work = self.next_work(walk, *waves)
+            for _ in cutlass.range(slabs, self.k_tiles(work.rows), unroll=1):
                 ring.consumer_wait(state)
                 cute.arch.fence_proxy("async.shared", space="cta")
                 self.multiply(mma, rSum, tCrG, tCrS, state.index, False)
@@ -487,28 +493,25 @@ class GroupedGemmK:
                 ring.consumer_release(release)
                 release.advance()
                 state.advance()
-            if const_expr(self.short_end):  # noqa: SIM102
-                if k_tiles > 1:
-                    ring.consumer_wait(state)
-                    cute.arch.fence_proxy("async.shared", space="cta")
-                    blocks = blocks_of_last(work.rows)
-                    for count in cutlass.range_constexpr(1, BLOCKS + 1):
-                        if blocks == count:
-                            self.multiply(mma, rSum, tCrG, tCrS, state.index, False, count)
-                    warpgroup.wait_group(1)
-                    ring.consumer_release(release)
-                    release.advance()
-                    state.advance()
             warpgroup.wait_group(0)
             ring.consumer_release(release)
             release.advance()
-            for c in cutlass.range_constexpr(self.tile_n // SLAB):
-                for i in cutlass.range_constexpr(sums_per_slab):
-                    rSlab[i] = rSum[c * sums_per_slab + i].to(self.dtype)
-                self.put_slab(out, tRrSlab, work, c)
+            for c in cutlass.range_constexpr(slabs):
+                self.hold_slab(rSum, rHeld[c], c)
+            held = work
             work = next_work
+        for c in cutlass.range_constexpr(slabs):
+            self.put_slab(out, tRrHeld[c], held, c)
         if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def hold_slab(self, rSum: cute.Tensor, rSlab: cute.Tensor, c: int):
+        """Rounds the sums of slab `c`, which frees their registers."""
+        rWords = cute.recast_tensor(rSlab, Int32)
+        words = cute.size(rWords)
+        for i in range(words):
+            first = (c * words + i) * 2
+            rWords[i] = round_pair(rSum[first], rSum[first + 1], self.dtype)
 
     def make_fragments(self, mma, sG, sS, consumer) -> tuple:
         """A consumer's parts of the stages of G and S, and its sums."""
@@ -585,13 +588,12 @@ class GroupedGemmK:
         tCrS: cute.Tensor,
         stage: Int32,
         first: cutlass.Constexpr,
-        blocks: cutlass.Constexpr = BLOCKS,
     ):
-        """Starts rSum (+)= G^T S of a stage's first blocks; the first stage overwrites rSum."""
+        """Starts rSum (+)= G^T S of one stage; the first one overwrites rSum."""
         warpgroup.fence()
         atom = cute.make_mma_atom(mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, not first)
-        for block in cutlass.range_constexpr(blocks):
+        for block in cutlass.range_constexpr(cute.size(tCrG, mode=[2])):
             cute.gemm(
                 atom, rSum, tCrG[None, None, block, stage], tCrS[None, None, block, stage], rSum
             )

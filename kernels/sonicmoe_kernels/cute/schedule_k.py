@@ -22,7 +22,7 @@ the waves are the same ones.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Uint32
+from cutlass import Constexpr, Float32, Int32, Uint32
 
 from sonicmoe_kernels.cute.block_scan import bits_below
 from sonicmoe_kernels.tiles import WARP
@@ -56,6 +56,23 @@ def unit_of(wave: Int32, cluster: Int32, clusters: Int32) -> Int32:
     if wave % 2 == 1:
         place = clusters - 1 - cluster
     return wave * clusters + place
+
+
+@cute.jit
+def uneven(
+    rows: Int32, all_rows: Int32, num_experts: Int32, units: Constexpr, clusters: Int32
+) -> Int32:
+    """1 where the longest expert, of so many rows and `units` units, makes level waves pay, else 0.
+
+    It has twice the mean, and a unit of it is more than a sixth of a cluster's part: below, level
+    waves are as long (simulated: five kinds of skew, six shapes), and finding them takes time.
+    """
+    level = Int32(0)
+    longest, mean = Float32(rows), Float32(all_rows) / Float32(num_experts)
+    part = mean * Float32(num_experts * units) / Float32(clusters)
+    if longest > 2.0 * mean and 6.0 * longest > part:
+        level = Int32(1)
+    return level
 
 
 def tracked_clusters(cluster: int) -> int:
