@@ -57,14 +57,16 @@ def test_the_product_runs_on_wgmma_without_local_memory(gemm, tmp_path):
     assert code.stack_bytes == 0
     assert code.count("LDL") == code.count("STL") == 0
     slabs = gemm.tile.tile_n // tiles.WEIGHT_SLAB
-    assert code.count("HGMMA") == (slabs + 1) * HGMMA_PER_STAGE  # a slab each, and the loop
+    # a k tile under each slab and those behind; for fewer rows the first one and those behind
+    stages = slabs + 1 + min(slabs - 1, 2)
+    assert code.count("HGMMA") == stages * HGMMA_PER_STAGE
     # where the compiler cannot keep products in flight it waits for every one
-    assert code.count("WARPGROUP.DEPBAR") == slabs + 1
+    assert code.count("WARPGROUP.DEPBAR") == stages
     assert code.count("LDGSTS.E.BYPASS.128") == tiles.TILE_M * tiles.TILE_K // 8 // 128
     assert code.count("UTMALDG") > 0
     # The loop over lanes around each TMA and barrier whose operands look different to each lane.
     assert code.count("BRA.U.ANY") == 0
-    assert code.count("UTMASTG") >= 2 * slabs  # during the next tile, and at the end
+    assert code.count("UTMASTG") >= 2 * slabs  # before the next unit is done, and at the end
 
 
 @pytest.mark.parametrize("kernel", ["d_weight2", "d_weight13"])

@@ -111,6 +111,10 @@ class GroupedGemmK:
     end both are zeros (0 x NaN would be NaN): the gather fills zeros, and the tensor map of S ends
     where the expert does. An expert without rows runs one k tile of zeros: its gradient is written.
 
+    A consumer rounds a unit's sums to 16 bits, which frees their registers (128 sums and 64 held
+    words, of 224), and stores a slab of them under each of the next unit's first products. Stored
+    before these they cost 1.2 k tiles of a unit: 10% with 512 rows an expert.
+
     Reads R*D*2 bytes of G for each of the n tiles and R*N*2 of S for each m unit, mostly from L2;
     writes E*D*N*2. FLOPs: 2*R*D*N. Shared memory per stage: (128 + tile_n) * 128 bytes.
 
@@ -373,11 +377,7 @@ class GroupedGemmK:
 
     @cute.jit
     def k_tiles(self, rows: Int32) -> Int32:
-        """Not fewer than slabs: those behind the expert's end multiply zeros, which nobody loads.
-
-        A product that is made on one of two ways only makes the compiler wait for every one.
-        """
-        return cutlass.max((rows + (TILE_K - 1)) // TILE_K, self.tile_n // SLAB)
+        return cutlass.max((rows + (TILE_K - 1)) // TILE_K, 1)
 
     @cute.jit
     def produce(
@@ -473,29 +473,31 @@ class GroupedGemmK:
         waves = self.before_first_wave()
         work = self.next_work(walk, *waves)
         held = work._replace(m=Int32(self.D))  # beyond all rows: nothing is stored
+        operands = (mma, rSum, tCrG, tCrS)
         while work.unit < walk.units:
-            for c in cutlass.range_constexpr(slabs):
-                ring.consumer_wait(state)
-                cute.arch.fence_proxy("async.shared", space="cta")
-                self.multiply(mma, rSum, tCrG, tCrS, state.index, c == 0)
-                state.advance()
-                self.put_slab(out, tRrHeld[c], held, c)
-                if const_expr(c > 0):
-                    warpgroup.wait_group(1)
-                    ring.consumer_release(release)
-                    release.advance()
-            next_work = self.next_work(walk, *waves)
-            for _ in cutlass.range(slabs, self.k_tiles(work.rows), unroll=1):
-                ring.consumer_wait(state)
-                cute.arch.fence_proxy("async.shared", space="cta")
-                self.multiply(mma, rSum, tCrG, tCrS, state.index, False)
-                warpgroup.wait_group(1)
-                ring.consumer_release(release)
-                release.advance()
-                state.advance()
-            warpgroup.wait_group(0)
-            ring.consumer_release(release)
-            release.advance()
+            k_tiles = self.k_tiles(work.rows)
+            next_work = work
+            # No product is in flight where both ways meet: the compiler would wait for every one.
+            if k_tiles < slabs:  # not enough to store under
+                for c in cutlass.range_constexpr(slabs):
+                    self.put_slab(out, tRrHeld[c], held, c)
+                next_work = self.next_work(walk, *waves)
+                state = self.start_stage(ring, state, operands, True)
+                for _ in cutlass.range(1, k_tiles, unroll=1):
+                    state = self.start_stage(ring, state, operands, False)
+                    release = self.finish_stage(ring, release, 1)
+                release = self.finish_stage(ring, release, 0)
+            else:
+                for c in cutlass.range_constexpr(slabs):
+                    state = self.start_stage(ring, state, operands, c == 0)
+                    self.put_slab(out, tRrHeld[c], held, c)
+                    if const_expr(c > 0):
+                        release = self.finish_stage(ring, release, 1)
+                next_work = self.next_work(walk, *waves)
+                for _ in cutlass.range(slabs, k_tiles, unroll=1):
+                    state = self.start_stage(ring, state, operands, False)
+                    release = self.finish_stage(ring, release, 1)
+                release = self.finish_stage(ring, release, 0)
             for c in cutlass.range_constexpr(slabs):
                 self.hold_slab(rSum, rHeld[c], c)
             held = work
@@ -504,6 +506,21 @@ class GroupedGemmK:
             self.put_slab(out, tRrHeld[c], held, c)
         if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def start_stage(self, ring, state, operands: tuple, first: bool):
+        """Waits for a k tile and starts its products; a unit's first one overwrites the sums."""
+        ring.consumer_wait(state)
+        cute.arch.fence_proxy("async.shared", space="cta")
+        self.multiply(*operands, state.index, first)
+        state.advance()
+        return state
+
+    def finish_stage(self, ring, release, running: int):
+        """Waits until `running` k tiles are being multiplied; gives back the one before."""
+        warpgroup.wait_group(running)
+        ring.consumer_release(release)
+        release.advance()
+        return release
 
     def hold_slab(self, rSum: cute.Tensor, rSlab: cute.Tensor, c: int):
         """Rounds the sums of slab `c`, which frees their registers."""
