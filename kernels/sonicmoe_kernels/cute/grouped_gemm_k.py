@@ -508,7 +508,7 @@ class GroupedGemmK:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
     def start_stage(self, ring, state, operands: tuple, first: bool):
-        """Waits for a k tile and starts its products; a unit's first one overwrites the sums."""
+        """Waits for a k tile and starts its products. Loops carry the state that is given back."""
         ring.consumer_wait(state)
         cute.arch.fence_proxy("async.shared", space="cta")
         self.multiply(*operands, state.index, first)

@@ -457,6 +457,7 @@ class GroupedGemmM:
         rB = tiled_mma.make_fragment_B(thread_mma.partition_B(sB))
         accumulator_shape = tiled_mma.partition_shape_C((TILE_M, self.tile.tile_n))
         rAcc = cute.make_rmem_tensor(accumulator_shape, Float32)
+        operands = (tiled_mma, rAcc, rA, rB)
         registers = self.epilogue_registers()
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
         expert = Int32(0)
@@ -489,26 +490,16 @@ class GroupedGemmM:
                         barrier_id=FIRST_ORDER_BARRIER + memory.group,
                         number_of_threads=2 * WARPGROUP,
                     )
-                stages.consumer_wait(read)
-                self.fence_gathered()
-                self.multiply(tiled_mma, rAcc, rA, rB, read.index, False)
-                read.advance()
+                read = self.start_stage(stages, read, operands, False)
                 for _k in cutlass.range(1, self.k_tiles, unroll=1):
-                    stages.consumer_wait(read)
-                    self.fence_gathered()
-                    self.multiply(tiled_mma, rAcc, rA, rB, read.index, True)
-                    warpgroup.wait_group(1)
-                    stages.consumer_release(release)
-                    release.advance()
-                    read.advance()
+                    read = self.start_stage(stages, read, operands, True)
+                    release = self.finish_stage(stages, release, 1)
                 if const_expr(self.pingpong):
                     cute.arch.barrier_arrive(
                         barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group,
                         number_of_threads=2 * WARPGROUP,
                     )
-                warpgroup.wait_group(0)
-                stages.consumer_release(release)
-                release.advance()
+                release = self.finish_stage(stages, release, 0)
                 self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
                 tiles_done += 1
             elif const_expr(not self.pingpong):
@@ -525,6 +516,21 @@ class GroupedGemmM:
                     release.advance()
         if memory.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def start_stage(self, stages, read, operands: tuple, accumulates: bool):
+        """Waits for a k tile and starts its products. Loops carry the state that is given back."""
+        stages.consumer_wait(read)
+        self.fence_gathered()
+        self.multiply(*operands, read.index, accumulates)
+        read.advance()
+        return read
+
+    def finish_stage(self, stages, release, running: int):
+        """Waits until `running` k tiles are being multiplied; gives back the one before."""
+        warpgroup.wait_group(running)
+        stages.consumer_release(release)
+        release.advance()
+        return release
 
     @cute.jit
     def multiply(self, tiled_mma, rAcc, rA, rB, stage, accumulates: cutlass.Constexpr):
