@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from study_arms import TOKEN_CHOICE, Arm
@@ -42,6 +42,8 @@ PAPER = {  # (routing, tile, rows per expert over tile)
 # Student's t, two-sided 95%, by degrees of freedom: the half-width of a mean of few seeds
 T_95 = (math.nan, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
+HOPPERS = ("H100", "H200")  # the same multiprocessors, which run the same kernels
+
 Runs = dict[Arm, dict[int, dict]]  # arm -> seed -> record
 
 
@@ -70,11 +72,12 @@ def write_report(records: list[dict], docs: Path) -> list[Path]:
 
 
 def by_study(records: list[dict]) -> dict[str, list[dict]]:
-    """Records that may be compared: of one study, budget, device and corpus."""
+    """Records that may be compared: of one study, budget, kind of device and corpus."""
     groups: dict[tuple, list[dict]] = {}
     for record in records:
-        shared = (record[name] for name in ("study", "tokens", "device", "corpus_key"))
-        groups.setdefault(tuple(shared), []).append(record)
+        kind = "Hopper" if any(name in record["device"] for name in HOPPERS) else record["device"]
+        shared = (record["study"], record["tokens"], kind, record["corpus_key"])
+        groups.setdefault(shared, []).append(record)
     names: dict[str, list[dict]] = {}
     for (study, tokens, *_), group in groups.items():
         name = study if study not in names else f"{study}_{plots.count(tokens)}"
@@ -164,6 +167,11 @@ def table(runs: Runs) -> list[str]:
     return lines
 
 
+def devices(records: Iterable[dict]) -> str:
+    """What the records ran on."""
+    return " and ".join(sorted({record["device"] for record in records}))
+
+
 def describe(group: list[dict]) -> str:
     """What ran, from the records themselves."""
     first = group[0]
@@ -180,7 +188,7 @@ def describe(group: list[dict]) -> str:
         f"{len(group)} runs of {plots.count(first['tokens'])} tokens, {first['steps']} steps of "
         f"{first['step_tokens']:,} tokens; {models}; corpus {first['corpus']}, "
         f"{plots.count(first['corpus_tokens'])} training tokens, read {epochs:.2f} times. "
-        f"{first['device']}, "
+        f"{devices(group)}, "
         f"{versions}, commit {commits}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}; "
         f"`python scripts/study_token_rounding.py {first['study']}`. Perplexity: mean and standard "
         "deviation over seeds. Against token choice: of the same seed, mean and 95% confidence "
@@ -265,8 +273,9 @@ def label(arm: Arm) -> str:
 
 
 def caption(runs: Runs) -> str:
-    first = next(iter(next(iter(runs.values())).values()))
+    records = [record for of_arm in runs.values() for record in of_arm.values()]
+    first = records[0]
     return (
-        f"{plots.count(first['parameters'])} parameters, {first['corpus']}, {first['device']}, "
+        f"{plots.count(first['parameters'])} parameters, {first['corpus']}, {devices(records)}, "
         f"{first['date']}; lines: mean over seeds, shaded: smallest to largest"
     )

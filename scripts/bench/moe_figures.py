@@ -46,16 +46,17 @@ def _draw_row(axes, rows: list[dict[str, dict]], impls: list[str], panel: str) -
         label, color = IMPLEMENTATIONS[name]
         points = [(x, of[name]) for x, of in enumerate(rows) if name in of]
         at = [x + (i - (len(impls) - 1) / 2) * width for x, _ in points]
+        axes.bar([0], [0], width, label=label, color=color)  # the legend's, also without a record
         found = [r for _, r in points]
         if panel == "tflops":
-            bars = axes.bar(at, [r["tflops"] for r in found], width, label=label, color=color)
+            bars = axes.bar(at, [r["tflops"] for r in found], width, color=color)
             axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2, bbox=LABEL_BOX)
         else:
             peak = [r["peak_bytes"] / MIB / 1024 for r in found]
             kept = [r["saved_bytes"] / MIB / 1024 for r in found]
             bars = axes.bar(at, peak, width, color=color, alpha=0.35)
             axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
-            axes.bar(at, kept, width, label=label, color=color)
+            axes.bar(at, kept, width, color=color)
     if panel == "tflops":
         ceilings = [_ceiling(next(iter(of.values()))) for of in rows]
         axes.hlines(

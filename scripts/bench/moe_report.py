@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.facts import record_name
 from bench.figures import can_draw
+from tests.cases import BENCHMARK_CASES
 
 KIND = "moe_layer"
 # Name of the record, label, colour (Okabe and Ito's palette, told apart by the colour-blind).
@@ -23,7 +24,7 @@ PASS_FLOPS = 6  # times T K D F: three GEMMs forward, and twice that backward
 MIB = 2.0**20
 SIZES = ("T", "D", "F", "E", "K")
 Shapes = dict[str, dict[str, dict]]
-"""shape -> implementation -> record, in the order measured."""
+"""shape -> implementation -> record, in the records' order."""
 
 
 def tflops(sizes: dict, ms: float, *, passes: int) -> float:
@@ -33,9 +34,14 @@ def tflops(sizes: dict, ms: float, *, passes: int) -> float:
 
 
 def merge(records: list[dict], new: list[dict]) -> None:
-    """Put `new` in the place of what `records` holds of the same shapes and implementations."""
+    """Put `new` in the place of what `records` holds of the same shapes and implementations.
+
+    Shapes stand in the order of the cases, whenever they were measured.
+    """
     measured = {(r["shape"], r["impl"]) for r in new}
     records[:] = [r for r in records if (r["shape"], r["impl"]) not in measured] + new
+    shapes, impls = list(BENCHMARK_CASES), list(IMPLEMENTATIONS)
+    records.sort(key=lambda r: (shapes.index(r["shape"]), impls.index(r["impl"])))
 
 
 def line(record: dict) -> str:

@@ -219,6 +219,12 @@ class TestReport:
         counts = {name: len(group) for name, group in groups.items()}
         assert counts == {"cpu": 4, "cpu_8k": 1, "cpu_4k": 1}
 
+    def test_runs_on_two_kinds_of_hopper_are_of_one_study(self) -> None:
+        names = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200")
+        runs = [record(NEAREST, seed, [6.0, 5.0, 4.0], device=d) for seed, d in enumerate(names)]
+        assert [len(group) for group in study_report.by_study(runs).values()] == [2, 1]
+        assert study_report.devices(runs[:2]) == "NVIDIA H100 80GB HBM3 and NVIDIA H200"
+
 
 def test_committed_records_make_the_committed_tables(tmp_path: Path) -> None:
     records = json.loads(study_token_rounding.RECORDS.read_text())

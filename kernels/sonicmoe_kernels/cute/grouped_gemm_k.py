@@ -118,10 +118,10 @@ class GroupedGemmK:
     Reads R*D*2 bytes of G for each of the n tiles and R*N*2 of S for each m unit, mostly from L2;
     writes E*D*N*2. FLOPs: 2*R*D*N. Shared memory per stage: (128 + tile_n) * 128 bytes.
 
-    Measured (H100, 2026-11-22, bf16, experts in their own order), TFLOPS of dW2 and of dW1 with
-    dW3: 555 and 592 at D 1536, F 256, 1536 rows an expert; 619 and 643 at D 4096, F 1024, 2048
-    rows; 536 and 545 there with 512 rows. Sustained it draws 690 W at 1.45 GHz, so time follows
-    energy: dW1 with dW3 of the first shape then takes 0.55 ms, and 0.52 ms without its stores.
+    Measured (H100, 2026-11-27, bf16, balanced, medians of six rounds), TFLOPS of dW2 and of dW1
+    with dW3: 570 and 659 at D 1536, F 256, 1536 rows an expert; 576 and 624 at D 4096, F 256, 2048
+    rows; 531 and 587 at D 4096, F 1024, 512 rows. Sustained it draws 690 W at 1.45 GHz: time
+    follows energy.
     """
 
     def __init__(self, gemm: WeightGemm):
