@@ -66,11 +66,13 @@ EXTRA_CASES = (
 
 WEIGHT_TILES = (
     WeightTile(256, 4, 2),
+    WeightTile(256, 4, 2, lag=1),
+    WeightTile(256, 4, 2, lag=2),
     WeightTile(256, 4, 1),
     WeightTile(192, 4, 2),
 )
 VARIANTS = {
-    "up": (RowTile(256, 4),),
+    "up": (RowTile(256, 4), RowTile(256, 4, lag=1), RowTile(256, 4, lag=2)),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=64),
@@ -78,7 +80,10 @@ VARIANTS = {
     ),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
+        RowTile(256, 3, load_sets=2, lag=1),
+        RowTile(256, 3, load_sets=2, lag=2),
         RowTile(256, 3, "relayed", load_sets=4),
+        RowTile(256, 3, "relayed", load_sets=4, lag=1),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),

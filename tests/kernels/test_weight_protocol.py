@@ -15,6 +15,7 @@ from sonicmoe_kernels.cute.grouped_gemm_k import (
     ROWS,
     SLAB,
     STORE_BUFFERS,
+    WARPGROUP,
     GroupedGemmK,
 )
 from sonicmoe_kernels.tiles import TILE_K, WeightGemm, WeightTile, why_illegal_weights
@@ -28,6 +29,9 @@ GEMMS = [  # half an m tile, one n tile of two halves; an odd number of slabs, t
     WeightGemm("d_weight13", 320, 128, 2, "bfloat16", WeightTile(256, 3, 1)),
     WeightGemm("d_weight2", 192, 320, 1, "bfloat16", WeightTile(192, 2, 1)),
     WeightGemm("d_weight2", 128, 64, 1, "bfloat16", WeightTile(64, 2, 1)),
+    WeightGemm("d_weight13", 320, 128, 2, "bfloat16", WeightTile(256, 4, 1, lag=1)),
+    WeightGemm("d_weight13", 320, 128, 2, "bfloat16", WeightTile(256, 3, 1, lag=2)),
+    WeightGemm("d_weight2", 192, 320, 1, "bfloat16", WeightTile(192, 2, 1, lag=1)),
 ]
 
 
@@ -55,7 +59,7 @@ def check(gemm, counts, ctas, seed):
     assert machine.outputs == expected(gemm, machine)
 
 
-@pytest.mark.parametrize("gemm", GEMMS, ids=lambda gemm: f"{gemm.kernel}-{gemm.tile.tile_n}")
+@pytest.mark.parametrize("gemm", GEMMS, ids=lambda g: f"{g.kernel}-{g.tile.tile_n}-{g.tile.lag}")
 def test_every_interleaving_stores_every_slab_once(gemm):
     assert why_illegal_weights(gemm) is None
     check_seeds(partial(check, gemm), str(gemm), COUNTS, 4)
@@ -76,12 +80,28 @@ def test_the_machine_notices_a_slab_that_is_held_twice(monkeypatch):
         check(GEMMS[0], [65, 300], 1, 0)
 
 
+def test_the_machine_notices_more_stages_than_a_lag_allows():
+    """The first consumer could be a whole unit ahead and arrive twice."""
+    tile = WeightTile(128, 4, 1, lag=1)
+    gemm = WeightGemm("d_weight2", 128, 128, 1, "bfloat16", tile)
+    assert "lag=1" in (why_illegal_weights(gemm) or "")
+    with pytest.raises(AssertionError, match="second arrival"):
+        for seed in range(30):
+            check(gemm, [128, 128, 128, 128], 1, seed)
+
+
+def test_the_machine_notices_a_lag_that_nobody_ends(monkeypatch):
+    monkeypatch.setattr(GroupedGemmK, "allow_lag", lambda self, consumer: None)
+    with pytest.raises(AssertionError, match="deadlock"):
+        check(GEMMS[3], [300], 1, 0)
+
+
 def test_the_machine_notices_buffers_that_nobody_waits_for(monkeypatch):
     def unwaited(self, out, tRrSlab, work, c):
         buffer = out.consumer * STORE_BUFFERS + c % STORE_BUFFERS
         cute.copy(out.copy, tRrSlab, out.tRsOut[None, None, None, buffer])
         cute.arch.fence_proxy("async.shared", space="cta")
-        cute.arch.barrier(barrier_id=0, number_of_threads=0)
+        cute.arch.barrier(barrier_id=0, number_of_threads=WARPGROUP)
         slab = work.n * (self.tile_n // SLAB) + c
         self.store_slab(out.stores, out.sOut, buffer, work, out.consumer, slab)
 

@@ -60,6 +60,7 @@ STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
 PRODUCER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
+BARRIER_LAG = 3  # consumer 1 may start its unit
 
 
 class Walk(NamedTuple):
@@ -131,7 +132,7 @@ class GroupedGemmK:
         self.transposed = gemm.kernel == "d_weight13"
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
-        self.cluster = gemm.tile.cluster
+        self.cluster, self.lag = gemm.tile.cluster, gemm.tile.lag
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
@@ -488,11 +489,15 @@ class GroupedGemmK:
                     release = self.finish_stage(ring, release, 1)
                 release = self.finish_stage(ring, release, 0)
             else:
+                if const_expr(self.lag > 0):
+                    self.wait_for_lag(consumer)
                 for c in cutlass.range_constexpr(slabs):
                     state = self.start_stage(ring, state, operands, c == 0)
                     self.put_slab(out, tRrHeld[c], held, c)
                     if const_expr(c > 0):
                         release = self.finish_stage(ring, release, 1)
+                    if const_expr(c == self.lag and c > 0):
+                        self.allow_lag(consumer)
                 next_work = self.next_work(walk, *waves)
                 for _ in cutlass.range(slabs, k_tiles, unroll=1):
                     state = self.start_stage(ring, state, operands, False)
@@ -506,6 +511,18 @@ class GroupedGemmK:
             self.put_slab(out, tRrHeld[c], held, c)
         if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def wait_for_lag(self, consumer: Int32):
+        """Consumer 1 begins `lag` k tiles behind consumer 0, whose turn to round comes sooner."""
+        if consumer == 1:
+            cute.arch.barrier(barrier_id=BARRIER_LAG, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def allow_lag(self, consumer: Int32):
+        """Consumer 0 has done the k tiles that consumer 1 waits for."""
+        if consumer == 0:
+            cute.arch.barrier_arrive(barrier_id=BARRIER_LAG, number_of_threads=2 * WARPGROUP)
 
     def start_stage(self, ring, state, operands: tuple, first: bool):
         """Waits for a k tile and starts its products. Loops carry the state that is given back."""

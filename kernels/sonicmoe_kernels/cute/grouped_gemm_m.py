@@ -43,7 +43,7 @@ WARPGROUP = 128
 PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three roles share 504
 CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
 FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
-FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
+FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong), or 1's (lag)
 MULTICAST_MASK = (1 << CLUSTER) - 1
 
 
@@ -490,8 +490,15 @@ class GroupedGemmM:
                         barrier_id=FIRST_ORDER_BARRIER + memory.group,
                         number_of_threads=2 * WARPGROUP,
                     )
+                if const_expr(self.tile.lag > 0):
+                    self.wait_for_lag(memory)
                 read = self.start_stage(stages, read, operands, False)
-                for _k in cutlass.range(1, self.k_tiles, unroll=1):
+                if const_expr(self.tile.lag > 0):
+                    for _k in cutlass.range_constexpr(self.tile.lag):
+                        read = self.start_stage(stages, read, operands, True)
+                        release = self.finish_stage(stages, release, 1)
+                    self.allow_lag(memory, row, length)
+                for _k in cutlass.range(1 + self.tile.lag, self.k_tiles, unroll=1):
                     read = self.start_stage(stages, read, operands, True)
                     release = self.finish_stage(stages, release, 1)
                 if const_expr(self.pingpong):
@@ -516,6 +523,20 @@ class GroupedGemmM:
                     release.advance()
         if memory.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def wait_for_lag(self, memory):
+        """Warpgroup 1 begins a tile `lag` k tiles behind 0, whose epilogue comes sooner."""
+        if memory.group == 1:
+            cute.arch.barrier(barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP)
+
+    @cute.jit
+    def allow_lag(self, memory, row: Int32, length: Int32):
+        """Warpgroup 0 has done the k tiles that 1 waits for, if 1 has rows of this tile."""
+        if memory.group == 0 and row + WARPGROUP_ROWS < length:
+            cute.arch.barrier_arrive(
+                barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP
+            )
 
     def start_stage(self, stages, read, operands: tuple, accumulates: bool):
         """Waits for a k tile and starts its products. Loops carry the state that is given back."""
