@@ -80,14 +80,14 @@ class BlockStage:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """The kernels, in order; "statistics" only where somebody counts."""
+        """The kernels, in order."""
         input_gradient = ("d_hidden", "d_weight2", "topk_backward", "d_input")
         match self.stage:
             case "forward":
                 balance = ("balance",) if self.layer.rounding == "balance" else ()
                 rounding = () if self.layer.rounding is None else (*balance, "token_rounding")
                 plan = ("membership", *rounding, "plan_rows")
-                return ("topk", *plan, "statistics", "up", "down", "aggregate")
+                return ("topk", *plan, "up", "down", "aggregate")
             case "gradients":  # the first "d_weight13" is the gate's
                 return (*input_gradient, "d_weight13", "d_input", "aggregate", "d_weight13")
             case "input_gradient":

@@ -485,7 +485,7 @@ TOPK_MAX_CHOSEN = 32  # lane k of a warp weighs the k-th chosen expert
 TOPK_WARPS = 8  # of one block, a token each
 TOPK_SHARED_MEMORY = 48 * 1024  # what a block may use without asking for more
 WARP = 32
-STATISTICS_CTAS = 64  # of the statistics kernel: 512 warps for about 1024 sampled tokens
+STATISTICS_CTAS = 64  # 512 warps for about 1024 sampled tokens
 # Keeps a token whose chosen sigmoids all underflow finite; vanishes beside any other sum.
 RENORMALIZE_EPS = 1e-20
 

@@ -129,7 +129,8 @@ def test_each_expert_adds_its_rows(rounded: bool, first_pass: int):
         sums = Sums(mSums, mSums, load, tiles, added, change, choices)
         for e in range(4):
             chosen = mChosen if rounded else None
-            statistics.count(Int32(e), mOffsets, chosen, sums, Int32(first_pass))
+            rows = mOffsets[e + 1] - mOffsets[e]
+            statistics.count(Int32(e), rows, chosen, sums, Int32(first_pass))
 
     offsets = torch.cat([torch.zeros(1), rows_E.cumsum(0)]).int()
     sums = torch.ones(5, 4)

@@ -42,7 +42,7 @@ def found(tmp_path_factory):
 
 
 def fused_forward(router):
-    return ROUTE[router] + PLAN[router] + ["statistics"] + EXPERTS
+    return ROUTE[router] + PLAN[router] + EXPERTS
 
 
 @pytest.mark.parametrize("router", ROUTERS)

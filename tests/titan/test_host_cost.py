@@ -20,7 +20,6 @@ BLOCK = EXPERTS | {
     "gate": 1,
     "topk": 1,
     "plan": 2,
-    "statistics": 1,
     "gradients of topk and gate": 3,
 }
 LAUNCHES = {"experts": EXPERTS, "topk": BLOCK, "nearest": BLOCK | {"token_rounding": 1}}

@@ -31,13 +31,14 @@ from sonicmoe_kernels.cute.balance import Balance
 from sonicmoe_kernels.cute.build_rows import instance_of
 from sonicmoe_kernels.cute.grouped_gemm_k import GroupedGemmK
 from sonicmoe_kernels.cute.membership import Membership
-from sonicmoe_kernels.cute.plan_rows import PlanRows
-from sonicmoe_kernels.cute.statistics import Statistics, Sums
+from sonicmoe_kernels.cute.plan_rows import PlanRows, Rows
+from sonicmoe_kernels.cute.statistics import Counted, Statistics, Sums
 from sonicmoe_kernels.cute.token_rounding import TokenRounding
 from sonicmoe_kernels.cute.topk import TopK
 from sonicmoe_kernels.cute.topk_backward import PlanGradients, TopKGradient
 from sonicmoe_kernels.tiles import (
     BLOCK_WORDS,
+    STATISTICS_CTAS,
     TOKEN_BLOCK,
     Aggregation,
     RoutingKernel,
@@ -121,7 +122,7 @@ class Stage:
 
 
 class Forward(Stage):
-    """From the logits to the output: top-k, plan, statistics, up, down, aggregation."""
+    """From the logits to the output: top-k, plan and statistics, up, down, aggregation."""
 
     def __init__(self, layer: BlockLayer):
         super().__init__(layer)
@@ -130,10 +131,11 @@ class Forward(Stage):
         rounded = None if rounding is None else "any"
         self.topk = TopK(TopKForward(**options, all_scores=rounding is not None))
         self.membership = Membership(RoutingKernel("membership", E, K, "int64", rounded))
-        self.plan_rows = PlanRows(RoutingKernel("plan_rows", E, K, "int64", rounded))
+        self.plan_rows = PlanRows(
+            RoutingKernel("plan_rows", E, K, "int64", rounded), Statistics(layer.routing)
+        )
         self.balance = Balance(RoutingKernel("balance", E))
         self.token_rounding = TokenRounding(RoutingKernel("token_rounding", rounding=rounding))
-        self.statistics = Statistics(layer.routing)
         self.up, self.down = instance_of(self.pick_rows("up")), instance_of(self.pick_rows("down"))
         self.aggregate = self.aggregation(weighted=True)
 
@@ -197,26 +199,24 @@ class Forward(Stage):
         mScore_R = self.rows_of(kept, "score", rows, Float32)
         mTokenRows_R = self.rows_of(kept, "token_rows", rows)
         mOffsets, mTokenOffsets = self.expert_offsets(kept), self.token_offsets(kept, tokens)
-        self.plan_rows(
+        mSource_R = self.rows_of(kept, "source", rows)
+        sums = Sums(mPasses, mEntropy_P, mLoad_E, mTiles_E, mAdded_E, mChange_E, mChoices_E)
+        counting_ctas = Int32(0)
+        if counting != 0:
+            counting_ctas = Int32(STATISTICS_CTAS)
+        self.plan_rows.launch(
             mIds_TK,
             mWeights_TK,
             mScores_TE,
             mBits,
             mCounts,
-            mTokenIdx_R,
-            mScore_R,
-            self.rows_of(kept, "source", rows),
+            Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R),
             mOffsets,
             mTokenOffsets,
-            mTokenRows_R,
+            Counted(mLogits_TE, mBefore_E, sums, sample_stride, counting - 1),
+            counting_ctas,
             stream,
         )
-        sums = Sums(mPasses, mEntropy_P, mLoad_E, mTiles_E, mAdded_E, mChange_E, mChoices_E)
-        if counting != 0:
-            first_pass = counting - 1
-            self.statistics(
-                mLogits_TE, mOffsets, mBefore_E, sums, sample_stride, first_pass, stream
-            )
         mA_RF = scratch.part("a", BFloat16, (rows, self.layer.f))
         mY_RD = scratch.part("y", BFloat16, (rows, self.layer.d))
         mH_RHF = self.h(kept, rows)

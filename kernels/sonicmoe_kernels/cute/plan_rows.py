@@ -10,7 +10,7 @@ Legend
     (t * E + e) if token rounding added the pair, NO_SOURCE for rows that nobody owns
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -24,6 +24,7 @@ from sonicmoe_kernels.cute.block_scan import (
     lowest_bit,
     transpose_bits,
 )
+from sonicmoe_kernels.cute.statistics import Counted, Statistics
 from sonicmoe_kernels.tiles import (
     BLOCK_WORDS,
     NO_SOURCE,
@@ -52,9 +53,12 @@ class PlanRows:
     Every CTA reads all 4BE bytes of counts (from L2) instead of waiting for another launch that
     scans them, its share of TE/8 bytes of bits, 12TK of ids and scores, and writes 16 R_max + 4T.
     A warp turns 32 words of 32 experts around, so that each thread walks its own token's experts.
+
+    statistics: more CTAs count the pass for it, who learn the experts' rows as all others do.
     """
 
-    def __init__(self, spec: RoutingKernel):
+    def __init__(self, spec: RoutingKernel, statistics: Statistics | None = None):
+        self.statistics = statistics
         self.E = spec.num_experts
         self.K = spec.top_k
         self.rounded = spec.rounding is not None
@@ -81,6 +85,28 @@ class PlanRows:
         mTokenRows_R: cute.Tensor,
         stream: CUstream,
     ):
+        rows = Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R)
+        scores = (mIds_TK, mScores_TK, mScores_TE)
+        offsets = (mExpertOffsets, mTokenOffsets)
+        self.launch(*scores, mBits, mChosen, rows, *offsets, None, Int32(0), stream)
+
+    @cute.jit
+    def launch(
+        self,
+        mIds_TK: cute.Tensor,
+        mScores_TK: cute.Tensor,
+        mScores_TE: cute.Tensor | None,
+        mBits: cute.Tensor,
+        mChosen: cute.Tensor,
+        rows: Rows,
+        mExpertOffsets: cute.Tensor,
+        mTokenOffsets: cute.Tensor,
+        counted: Counted | None,
+        counting_ctas: Int32,
+        stream: CUstream,
+    ):
+        """counted, counting_ctas: what to count and by how many CTAs, STATISTICS_CTAS or none."""
+
         @cute.struct
         class Storage:
             bits: cute.struct.Align[
@@ -92,10 +118,13 @@ class PlanRows:
             scratch: cute.struct.MemRange[Int32, WARPS]
 
         self.Storage = Storage
-        rows = Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R)
-        self.kernel(
-            mIds_TK, mScores_TK, mScores_TE, mBits, mChosen, rows, mExpertOffsets, mTokenOffsets
-        ).launch(grid=[cutlass.max(mBits.shape[0], 1), 1, 1], block=[THREADS, 1, 1], stream=stream)
+        scores = (mIds_TK, mScores_TK, mScores_TE)
+        offsets = (mExpertOffsets, mTokenOffsets)
+        self.kernel(*scores, mBits, mChosen, rows, *offsets, counted).launch(
+            grid=[cutlass.max(mBits.shape[0], 1) + counting_ctas, 1, 1],
+            block=[THREADS, 1, 1],
+            stream=stream,
+        )
 
     @cute.kernel
     def kernel(
@@ -108,12 +137,40 @@ class PlanRows:
         rows: Rows,
         mExpertOffsets: cute.Tensor,
         mTokenOffsets: cute.Tensor,
+        counted: Counted | None,
     ):
+        block = cute.arch.block_idx()[0]
+        storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
+        scores, offsets = (mIds_TK, mScores_TK, mScores_TE), (mExpertOffsets, mTokenOffsets)
+        if const_expr(counted is None):
+            blocks = cute.arch.grid_dim()[0]
+            self.write_plan(*scores, mBits, mChosen, rows, *offsets, blocks, storage)
+        else:
+            blocks = cutlass.max(mBits.shape[0], 1)
+            if block < blocks:
+                self.write_plan(*scores, mBits, mChosen, rows, *offsets, blocks, storage)
+            else:
+                self.count(mChosen, counted, block - blocks, storage)
+
+    @cute.jit
+    def write_plan(
+        self,
+        mIds_TK: cute.Tensor,
+        mScores_TK: cute.Tensor,
+        mScores_TE: cute.Tensor | None,
+        mBits: cute.Tensor,
+        mChosen: cute.Tensor,
+        rows: Rows,
+        mExpertOffsets: cute.Tensor,
+        mTokenOffsets: cute.Tensor,
+        blocks: Int32,
+        storage: Any,
+    ):
+        """This CTA's tokens; `blocks` CTAs do it."""
         thread = cute.arch.thread_idx()[0]
         block = cute.arch.block_idx()[0]
         token = block * TOKEN_BLOCK + thread
         num_tokens = mIds_TK.shape[0]
-        storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
         sBits = storage.bits.get_tensor(cute.make_layout(self.groups * WARP * BLOCK_WORDS))
         sTotal = storage.total.get_tensor(cute.make_layout(self.columns))
         sBase = storage.base.get_tensor(cute.make_layout(self.columns))
@@ -133,7 +190,18 @@ class PlanRows:
         if token == 0:
             mTokenOffsets[num_tokens] = num_rows
         self.write_rows(mIds_TK, mScores_TK, mScores_TE, rows, token, slot, sBits, sBase, sGroup)
-        self.write_tail(rows, token, num_rows)
+        self.write_tail(rows, token, num_rows, blocks * THREADS)
+
+    @cute.jit
+    def count(self, mChosen: cute.Tensor, counted: Counted, part: Int32, storage: Any):
+        """Adds a part of the statistics."""
+        sTotal = storage.total.get_tensor(cute.make_layout(self.columns))
+        sBase = storage.base.get_tensor(cute.make_layout(self.columns))
+        sNats = cute.make_tensor(
+            cute.recast_ptr(storage.scratch.data_ptr(), dtype=Float32), cute.make_layout(WARPS)
+        )
+        self.sum_blocks(mChosen, Int32(0), sTotal, sBase)
+        self.statistics.add(part, sTotal, sNats, counted)
 
     @cute.jit
     def load_bits(self, mBits: cute.Tensor, block: Int32, sBits: cute.Tensor):
@@ -293,9 +361,8 @@ class PlanRows:
         rows.mSource_R[row] = source
 
     @cute.jit
-    def write_tail(self, rows: Rows, thread: Int32, num_rows: Int32):
+    def write_tail(self, rows: Rows, thread: Int32, num_rows: Int32, threads: Int32):
         """Rows that nobody owns: token 0, score 0, no source; token_rows stays in range."""
-        threads = cute.arch.grid_dim()[0] * THREADS
         for row in cutlass.range(num_rows + thread, rows.mTokenIdx_R.shape[0], threads):
             rows.mTokenIdx_R[row] = Int32(0)
             rows.mScore_R[row] = Float32(0.0)

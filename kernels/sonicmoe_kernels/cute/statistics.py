@@ -1,18 +1,18 @@
-"""What one forward pass adds to a router's statistics, all of it in one launch.
+"""What one forward pass adds to a router's statistics; CTAs of plan_rows.py's launch do it.
 
     entropy: - sum p ln p of every token of a sample, p the router's probabilities
     rows per expert, their whole GEMM tiles, what token rounding added and changed, choices
 
 Legend
     T tokens, E experts, S sampled tokens: every stride-th
-    P CTAs, each with an entry of its own in a table of sums: no order of additions is left open
+    P parts, a CTA for each, with an entry of its own in a table of sums: no order of additions is
+    left open
 """
 
 from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32, Int64, const_expr
 
 from sonicmoe_kernels.cute.expert_row import ExpertRow
@@ -43,11 +43,25 @@ class Sums(NamedTuple):
     mChoices_E: cute.Tensor
 
 
+class Counted(NamedTuple):
+    """What a pass counts, and where it adds it.
+
+    mChosen_E: choices before rounding, None where nothing rounds. stride: every which token is
+    sampled. first_pass: 0 in a recomputed pass, which adds to the choices alone, as TorchTitan's
+    block does.
+    """
+
+    mLogits_TE: cute.Tensor
+    mChosen_E: cute.Tensor | None
+    sums: Sums
+    stride: Int32
+    first_pass: Int32
+
+
 class Statistics:
     """A warp for each sampled token, a thread for each expert.
 
-    Reads 4SE bytes of logits and 8E of counts, adds to 20E + 4P + 8 bytes. A recomputed pass adds
-    to the choices alone (`first_pass` 0), as TorchTitan's block does.
+    Reads 4SE bytes of logits, adds to 20E + 4P + 8 bytes.
     """
 
     def __init__(self, spec: TopKOptions):
@@ -57,42 +71,22 @@ class Statistics:
         self.is_sigmoid = spec.score_func == "sigmoid"
 
     @cute.jit
-    def __call__(
-        self,
-        mLogits_TE: cute.Tensor,
-        mExpertOffsets: cute.Tensor,
-        mChosen_E: cute.Tensor | None,
-        sums: Sums,
-        stride: Int32,
-        first_pass: Int32,
-        stream: CUstream,
-    ):
-        self.kernel(mLogits_TE, mExpertOffsets, mChosen_E, sums, stride, first_pass).launch(
-            grid=[STATISTICS_CTAS, 1, 1], block=[THREADS, 1, 1], stream=stream
-        )
+    def add(self, part: Int32, sRows_E: cute.Tensor, sNats: cute.Tensor, counted: Counted):
+        """Adds part `part` of STATISTICS_CTAS. All THREADS threads of a CTA call it.
 
-    @cute.kernel
-    def kernel(
-        self,
-        mLogits_TE: cute.Tensor,
-        mExpertOffsets: cute.Tensor,
-        mChosen_E: cute.Tensor | None,
-        sums: Sums,
-        stride: Int32,
-        first_pass: Int32,
-    ):
+        sRows_E: each expert's rows, visible to all. sNats: WARPS float32 of scratch.
+        """
+        mLogits_TE, mChosen_E, sums, stride, first_pass = counted
         thread = cute.arch.thread_idx()[0]
-        block = cute.arch.block_idx()[0]
-        sNats = cutlass.memory.SmemAllocator().allocate_tensor(Float32, cute.make_layout(WARPS), 16)
-        expert = block * THREADS + thread
+        expert = part * THREADS + thread
         if expert < self.E:
-            self.count(expert, mExpertOffsets, mChosen_E, sums, first_pass)
+            self.count(expert, sRows_E[expert], mChosen_E, sums, first_pass)
         if first_pass != 0:
             num_tokens = mLogits_TE.shape[0]
             samples = (num_tokens + stride - 1) // stride
             warp = cute.arch.make_warp_uniform(thread // WARP)
             nats = Float32(0.0)
-            for sample in cutlass.range(block * WARPS + warp, samples, STATISTICS_CTAS * WARPS):
+            for sample in cutlass.range(part * WARPS + warp, samples, STATISTICS_CTAS * WARPS):
                 nats += self.entropy(mLogits_TE, Int64(sample) * stride, thread % WARP)
             if thread % WARP == 0:
                 sNats[warp] = nats
@@ -102,8 +96,8 @@ class Statistics:
                 for w in cutlass.range_constexpr(1, WARPS):
                     total += sNats[w]
                 share = Float32(num_tokens) / Float32(samples)
-                sums.mEntropy_P[block] = sums.mEntropy_P[block] + share * total
-                if block == 0:
+                sums.mEntropy_P[part] = sums.mEntropy_P[part] + share * total
+                if part == 0:
                     sums.mPasses[0] = sums.mPasses[0] + 1.0
                     sums.mPasses[1] = sums.mPasses[1] + Float32(num_tokens)
 
@@ -111,13 +105,12 @@ class Statistics:
     def count(
         self,
         expert: Int32,
-        mExpertOffsets: cute.Tensor,
+        rows: Int32,
         mChosen_E: cute.Tensor | None,
         sums: Sums,
         first_pass: Int32,
     ):
         """Adds one expert's rows."""
-        rows = mExpertOffsets[expert + 1] - mExpertOffsets[expert]
         chosen = rows
         if const_expr(mChosen_E is not None):
             chosen = mChosen_E[expert]
