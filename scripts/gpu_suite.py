@@ -27,7 +27,8 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ GRACE_S = 5  # for a part that is out of time to end by itself
 TAIL_LINES = 15  # of the log of a part that failed
 
 started: set[int] = set()  # process groups of commands that run
+stopping = threading.Event()  # Ctrl-C came: what starts now ends at once
 
 
 class Outcome(NamedTuple):
@@ -87,6 +89,8 @@ def _run(
         log.write(f"{error}\n")
         return f"{command[0]}: {error.strerror}"
     started.add(process.pid)
+    if stopping.is_set():
+        _kill(process.pid)
     try:
         return process.wait(timeout=max(limit_s, 0))
     except subprocess.TimeoutExpired:
@@ -146,30 +150,38 @@ def run_all(
             free.extend(taken)
             changed.notify()
 
-    with ThreadPoolExecutor(max(1, len(gpus))) as pool, changed:
-        while waiting:
-            name = next(filter(can_start, waiting), None)
-            if name is None:
-                try:
+    def start_all(pool: ThreadPoolExecutor) -> list[Future[None]]:
+        futures = []
+        with changed:
+            while waiting:
+                name = next(filter(can_start, waiting), None)
+                if name is None:
                     changed.wait()
-                except KeyboardInterrupt:
-                    waiting.clear()
-                    for group in list(started):
-                        _kill(group)
-                    raise
-                continue
-            part = waiting.pop(name)
-            left = float("inf") if deadline_s is None else deadline_s - (time.monotonic() - began)
-            if part.needs and part.needs not in packages:
-                finish(Outcome(name, f"left out (no --pythonpath {part.needs}=...)", 0.0))
-            elif part.expected_s > left:
-                finish(Outcome(name, f"left out ({left:.0f} s left)", 0.0))
-            else:
-                taken = [free.pop(0) for _ in range(occupied(part))]
-                where = f" on GPU {', '.join(taken)}" if taken else ""
-                print(f"{name}: {part.about}{where}", flush=True)
-                running.add(name)
-                pool.submit(run, name, taken, min(part.limit_s, left))
+                    continue
+                part = waiting.pop(name)
+                spent_s = time.monotonic() - began
+                left = float("inf") if deadline_s is None else deadline_s - spent_s
+                if part.needs and part.needs not in packages:
+                    finish(Outcome(name, f"left out (no --pythonpath {part.needs}=...)", 0.0))
+                elif part.expected_s > left:
+                    finish(Outcome(name, f"left out ({left:.0f} s left)", 0.0))
+                else:
+                    taken = [free.pop(0) for _ in range(occupied(part))]
+                    where = f" on GPU {', '.join(taken)}" if taken else ""
+                    print(f"{name}: {part.about}{where}", flush=True)
+                    running.add(name)
+                    futures.append(pool.submit(run, name, taken, min(part.limit_s, left)))
+        return futures
+
+    with ThreadPoolExecutor(max(1, len(gpus))) as pool:
+        try:
+            for future in wait_for(start_all(pool)).done:
+                future.result()
+        except KeyboardInterrupt:
+            stopping.set()
+            for group in list(started):
+                _kill(group)
+            raise
     return [outcomes[name] for name in chosen]
 
 

@@ -65,7 +65,8 @@ time.sleep(60)
     assert (tmp_path / "ended").exists()
 
 
-def test_ctrl_c_ends_what_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("waiting", ["", '"next": part'], ids=["the last part", "more to come"])
+def test_ctrl_c_ends_what_runs(tmp_path: Path, waiting: str) -> None:
     source = f"""
 import os, pathlib, time
 pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
@@ -76,7 +77,7 @@ import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}]
 import gpu_suite
 from bench.suite_parts import Part
 part = Part("long", ([sys.executable, "-c", {source!r}],), 1, 60)
-gpu_suite.run_all({{"long": part, "next": part}}, gpu_suite.Path({str(tmp_path)!r}))
+gpu_suite.run_all({{"long": part, {waiting}}}, gpu_suite.Path({str(tmp_path)!r}))
 """
     runner = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     began = time.monotonic()
