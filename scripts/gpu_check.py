@@ -75,6 +75,7 @@ VARIANTS = {
     "up": (RowTile(256, 4), RowTile(256, 4, lag=1), RowTile(256, 4, lag=2)),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, short_tiles=True),
         RowTile(192, 5, "pingpong", epi_n=64),
         RowTile(256, 4, epi_n=64, epi_sets=2),
     ),
@@ -87,6 +88,7 @@ VARIANTS = {
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, short_tiles=True),
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),

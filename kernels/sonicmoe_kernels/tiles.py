@@ -40,7 +40,8 @@ class RowTile:
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
     lag: k tiles that the second warpgroup begins later than the first where both multiply one tile,
-    so that one multiplies while the other does not.
+    so that one multiplies while the other does not. short_tiles: ping-pong multiplies only the
+    first 64 rows of a tile that has no more (cooperative tiles always do).
     """
 
     tile_n: int
@@ -50,6 +51,7 @@ class RowTile:
     epi_sets: int = 1
     load_sets: int = 0
     lag: int = 0
+    short_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,8 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return f"load_sets={tile.load_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.stages < 2:
         return "a pipeline needs two stages"
+    if tile.short_tiles and tile.schedule != "pingpong":
+        return "short_tiles is for ping-pong: others leave out 64 rows that have none anyway"
     if tile.lag and (tile.schedule == "pingpong" or tile.lag >= tile.stages):
         return f"lag={tile.lag} needs two warpgroups on one tile and fewer k tiles than stages"
     if tile.lag and gemm.k_tiles < tile.stages:

@@ -32,7 +32,6 @@ ROUTING = {
     "token_rounding": "TokenRounding",
     "plan_rows": "PlanRows",
     "score_gradient": "ScoreGradient",
-    "statistics": "Statistics",
 }
 # The official package's: gated, default and dgated GEMMs, and its one sum kernel.
 OFFICIAL_EXPERTS = r"quackgemm_|token_gather_sum_kernel"

@@ -54,6 +54,7 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
         ({"tile": RowTile(256, 3, "relayed")}, "d_hidden only"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3, "relayed", load_sets=2)}, "by 4"),
         ({"tile": RowTile(256, 4, lag=4)}, "lag=4"),
+        ({"tile": RowTile(256, 4, short_tiles=True)}, "is for ping-pong"),
         ({"d": 192, "tile": RowTile(256, 4, lag=1)}, "needs 4 k tiles"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 4, "relayed", load_sets=4)}, "shared memory"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 2, "relayed", epi_n=64)}, "epi_n=64"),

@@ -458,6 +458,8 @@ class GroupedGemmM:
         accumulator_shape = tiled_mma.partition_shape_C((TILE_M, self.tile.tile_n))
         rAcc = cute.make_rmem_tensor(accumulator_shape, Float32)
         operands = (tiled_mma, rAcc, rA, rB)
+        if const_expr(self.tile.short_tiles):
+            upper_half = (tiled_mma, self.first_block(rAcc), self.first_block(rA), rB)
         registers = self.epilogue_registers()
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
         expert = Int32(0)
@@ -492,21 +494,35 @@ class GroupedGemmM:
                     )
                 if const_expr(self.tile.lag > 0):
                     self.wait_for_lag(memory)
-                read = self.start_stage(stages, read, operands, False)
-                if const_expr(self.tile.lag > 0):
-                    for _k in cutlass.range_constexpr(self.tile.lag):
+                if const_expr(self.tile.short_tiles):
+                    # Complete on either way: a product in flight where they meet is waited for.
+                    if length - row <= WARPGROUP_ROWS:
+                        read = self.start_stage(stages, read, upper_half, False)
+                        for _k in cutlass.range(1, self.k_tiles, unroll=1):
+                            read = self.start_stage(stages, read, upper_half, True)
+                            release = self.finish_stage(stages, release, 1)
+                        self.give_turn(memory)
+                        release = self.finish_stage(stages, release, 0)
+                    else:
+                        read = self.start_stage(stages, read, operands, False)
+                        for _k in cutlass.range(1, self.k_tiles, unroll=1):
+                            read = self.start_stage(stages, read, operands, True)
+                            release = self.finish_stage(stages, release, 1)
+                        self.give_turn(memory)
+                        release = self.finish_stage(stages, release, 0)
+                else:
+                    read = self.start_stage(stages, read, operands, False)
+                    if const_expr(self.tile.lag > 0):
+                        for _k in cutlass.range_constexpr(self.tile.lag):
+                            read = self.start_stage(stages, read, operands, True)
+                            release = self.finish_stage(stages, release, 1)
+                        self.allow_lag(memory, row, length)
+                    for _k in cutlass.range(1 + self.tile.lag, self.k_tiles, unroll=1):
                         read = self.start_stage(stages, read, operands, True)
                         release = self.finish_stage(stages, release, 1)
-                    self.allow_lag(memory, row, length)
-                for _k in cutlass.range(1 + self.tile.lag, self.k_tiles, unroll=1):
-                    read = self.start_stage(stages, read, operands, True)
-                    release = self.finish_stage(stages, release, 1)
-                if const_expr(self.pingpong):
-                    cute.arch.barrier_arrive(
-                        barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group,
-                        number_of_threads=2 * WARPGROUP,
-                    )
-                release = self.finish_stage(stages, release, 0)
+                    if const_expr(self.pingpong):
+                        self.give_turn(memory)
+                    release = self.finish_stage(stages, release, 0)
                 self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
                 tiles_done += 1
             elif const_expr(not self.pingpong):
@@ -523,6 +539,19 @@ class GroupedGemmM:
                     release.advance()
         if memory.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    def first_block(self, fragment: cute.Tensor) -> cute.Tensor:
+        """The part of a fragment (V, M, ...) that belongs to the first 64 rows."""
+        layout = fragment.layout
+        shape = (layout.shape[0], 1, *layout.shape[2:])
+        return cute.make_tensor(fragment.iterator, cute.make_layout(shape, stride=layout.stride))
+
+    @cute.jit
+    def give_turn(self, memory):
+        """The other warpgroup may begin its main loop (ping-pong)."""
+        cute.arch.barrier_arrive(
+            barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group, number_of_threads=2 * WARPGROUP
+        )
 
     @cute.jit
     def wait_for_lag(self, memory):
