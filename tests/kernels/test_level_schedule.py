@@ -5,19 +5,24 @@ Legend: unit = what one cluster computes at once, wave = at most one unit for ev
 
 from __future__ import annotations
 
-import ast
+import os
+
+os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
+
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import sonicmoe_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-SOURCE = Path(sonicmoe_kernels.__file__).parent / "cute" / "schedule_k.py"
+pytest.importorskip("cutlass")
+from sonicmoe_kernels.cute import schedule_k
+
+from tests.kernels.symbols import rebind
+
 LANES = 4  # of a warp here
 TRACKED = 3  # clusters of a lane
 lane_of = threading.local()
@@ -61,8 +66,6 @@ class Warp:
 
 def schedule(warp: Warp) -> dict[str, Any]:
     """The functions of schedule_k.py, with Python's numbers and this warp."""
-    tree = ast.parse(SOURCE.read_text())
-    tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     arch = SimpleNamespace(
         lane_idx=lambda: lane_of.number,
         warp_redux_sync=warp.redux,
@@ -71,21 +74,15 @@ def schedule(warp: Warp) -> dict[str, Any]:
     )
     names: dict[str, Any] = {
         "cutlass": SimpleNamespace(range_constexpr=range, min=min, max=max),
-        "cute": SimpleNamespace(
-            jit=lambda function: function,
-            size=len,
-            Tensor=list,
-            make_rmem_tensor=lambda size, _: [0] * size,
-            arch=arch,
-        ),
-        "Constexpr": object,
+        "cute": SimpleNamespace(size=len, make_rmem_tensor=lambda size, _: [0] * size, arch=arch),
         "Float32": float,
         "Int32": int,
         "Uint32": int,
         "bits_below": lambda lane: (1 << lane) - 1,
         "WARP": LANES,
     }
-    exec(compile(tree, SOURCE, "exec"), names)
+    for name in ("unit_of", "uneven", "start_loads", "join_wave", "next_level_unit"):
+        names[name] = rebind(getattr(schedule_k, name).__wrapped__, names)
     return names
 
 
