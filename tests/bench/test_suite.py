@@ -72,8 +72,10 @@ import os, pathlib, time
 pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(os.getpid()))
 time.sleep(60)
 """
+    # The tests may run in a shell's background, where SIGINT is ignored, by their children too.
     program = f"""
-import sys; sys.path[:0] = [{str(ROOT / "scripts")!r}]
+import signal, sys; sys.path[:0] = [{str(ROOT / "scripts")!r}]
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import gpu_suite
 from bench.suite_parts import Part
 part = Part("long", ([sys.executable, "-c", {source!r}],), 1, 60)
