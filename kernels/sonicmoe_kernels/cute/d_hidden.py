@@ -35,19 +35,6 @@ class DHiddenTensors(NamedTuple):
     mDScore: cute.Tensor
 
 
-class ChunkFragments(NamedTuple):
-    """A thread's part of a chunk: rIn = H's halves, rOut = (dH's halves, A'), and their copies."""
-
-    load: cute.TiledCopy
-    sFrom: cute.Tensor
-    rIn: list
-    tIn: list
-    store: cute.TiledCopy
-    sTo: cute.Tensor
-    rOut: list
-    tOut: list
-
-
 class DHidden(GroupedGemmM):
     """H arrives by TMA while the main loop runs; buffers are refilled as soon as they are read."""
 
@@ -131,9 +118,14 @@ class DHidden(GroupedGemmM):
     @cute.jit
     def run_epilogue(self, tensors, registers, memory, chunk_mma, rAcc, output, tiles_done):
         """Reads H, stores dH and A', one chunk of epi_n columns after the other; then dS."""
-        gemm, halves = self.gemm, self.gemm.halves
-        fragments = self.make_fragments(chunk_mma, memory)
-        registers[1].fill(0.0)
+        gemm, halves, load_sets = self.gemm, self.gemm.halves, self.tile.load_sets
+        rScore, rSum = registers
+        store, sTo, load, sFrom = self.chunk_copies(chunk_mma, memory)
+        rIn = [self.make_chunk(chunk_mma) for _ in range(halves)]
+        rOut = [self.make_chunk(chunk_mma) for _ in range(gemm.stores)]
+        tIn = [load.get_slice(memory.thread).retile(r) for r in rIn]
+        tOut = [store.get_slice(memory.thread).retile(r) for r in rOut]
+        rSum.fill(0.0)
         for block in cutlass.range_constexpr(self.row_blocks):
             row = output.row + block * WARPGROUP_ROWS
             gDH = expert_rows(tensors.dh.mTensor, output.first, output.length, row)
@@ -142,10 +134,22 @@ class DHidden(GroupedGemmM):
             _, gA = self.partition_output(tensors.a, memory.sStore, gA, (0, None))
             for column_chunk in cutlass.range_constexpr(gemm.epi_chunks):
                 chunk = block * gemm.epi_chunks + column_chunk
+                load_set, store_set = chunk % load_sets, chunk % self.tile.epi_sets
+                fills = tiles_done * (self.chunks // load_sets) + chunk // load_sets
+                cute.arch.mbarrier_wait(self.load_barrier(memory, load_set), fills % 2)
+                for half in cutlass.range_constexpr(halves):
+                    at = self.load_buffer(memory, load_set, half)
+                    cute.copy(load, sFrom[None, None, None, at], tIn[half])
+                self.wait_for_buffers(memory)  # and everybody has read its part of H
+                if const_expr(chunk + load_sets < self.chunks):
+                    self.load_h(tensors, memory, output, chunk + load_sets)
                 first = self.acc_index(block, 0, column_chunk)
-                buffer = self.put_chunk(
-                    tensors, registers, memory, fragments, rAcc, first, output, chunk, tiles_done
-                )
+                da_primes = [rAcc[first + i] for i in range(cute.size(rOut[0]))]
+                self.differentiate_chunk(da_primes, rIn, rOut, rScore, rSum, block)
+                buffer = self.store_buffer(memory, store_set, 0)
+                for which in cutlass.range_constexpr(gemm.stores):
+                    cute.copy(store, tOut[which], sTo[None, None, None, buffer + which])
+                self.publish(memory)
                 if memory.is_issuer:
                     column = output.n * gemm.epi_chunks + column_chunk
                     for half in cutlass.range_constexpr(halves):
@@ -153,51 +157,7 @@ class DHidden(GroupedGemmM):
                         cute.copy(tensors.dh.atom, sBox[None, buffer + half], target)
                     cute.copy(tensors.a.atom, sBox[None, buffer + halves], gA[None, column])
                     cute.arch.cp_async_bulk_commit_group()
-        self.store_dscore(tensors, registers[1], memory, output)
-
-    def make_fragments(self, chunk_mma, memory) -> ChunkFragments:
-        """What a thread reads chunks of H into and writes those of dH and A' from."""
-        store, sTo, load, sFrom = self.chunk_copies(chunk_mma, memory)
-        rIn = [self.make_chunk(chunk_mma) for _ in range(self.gemm.halves)]
-        rOut = [self.make_chunk(chunk_mma) for _ in range(self.gemm.stores)]
-        tIn = [load.get_slice(memory.thread).retile(r) for r in rIn]
-        tOut = [store.get_slice(memory.thread).retile(r) for r in rOut]
-        return ChunkFragments(load, sFrom, rIn, tIn, store, sTo, rOut, tOut)
-
-    @cute.jit
-    def put_chunk(
-        self,
-        tensors,
-        registers,
-        memory,
-        fragments: ChunkFragments,
-        rDAPrime,
-        first: cutlass.Constexpr,
-        output,
-        chunk: cutlass.Constexpr,
-        tiles_done,
-    ):
-        """Waits for a chunk of H and writes those of dH and A' to store buffers; the first one."""
-        load, sFrom, rIn, tIn, store, sTo, rOut, tOut = fragments
-        rScore, rSum = registers
-        gemm, load_sets = self.gemm, self.tile.load_sets
-        load_set, store_set = chunk % load_sets, chunk % self.tile.epi_sets
-        fills = tiles_done * (self.chunks // load_sets) + chunk // load_sets
-        cute.arch.mbarrier_wait(self.load_barrier(memory, load_set), fills % 2)
-        for half in cutlass.range_constexpr(gemm.halves):
-            at = self.load_buffer(memory, load_set, half)
-            cute.copy(load, sFrom[None, None, None, at], tIn[half])
-        self.wait_for_buffers(memory)  # and everybody has read its part of H
-        if const_expr(chunk + load_sets < self.chunks):
-            self.load_h(tensors, memory, output, chunk + load_sets)
-        da_primes = [rDAPrime[first + i].to(Float32) for i in range(cute.size(rOut[0]))]
-        block = chunk // gemm.epi_chunks
-        self.differentiate_chunk(da_primes, rIn, rOut, rScore, rSum, block)
-        buffer = self.store_buffer(memory, store_set, 0)
-        for which in cutlass.range_constexpr(gemm.stores):
-            cute.copy(store, tOut[which], sTo[None, None, None, buffer + which])
-        self.publish(memory)
-        return buffer
+        self.store_dscore(tensors, rSum, memory, output)
 
     def differentiate_chunk(self, da_primes, rIn, rOut, rScore, rSum, block: int):
         """rOut = (dH's halves, A') from dA' and the halves rIn of H; adds <dA', A> to rSum."""
