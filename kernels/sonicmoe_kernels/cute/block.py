@@ -31,7 +31,7 @@ from sonicmoe_kernels.cute.balance import Balance
 from sonicmoe_kernels.cute.build_rows import instance_of
 from sonicmoe_kernels.cute.grouped_gemm_k import GroupedGemmK
 from sonicmoe_kernels.cute.membership import Membership
-from sonicmoe_kernels.cute.plan_rows import PlanRows, Rows
+from sonicmoe_kernels.cute.plan_rows import Choices, PlanRows, Rows
 from sonicmoe_kernels.cute.statistics import Counted, Statistics, Sums
 from sonicmoe_kernels.cute.token_rounding import TokenRounding
 from sonicmoe_kernels.cute.topk import TopK
@@ -205,14 +205,8 @@ class Forward(Stage):
         if counting != 0:
             counting_ctas = Int32(STATISTICS_CTAS)
         self.plan_rows.launch(
-            mIds_TK,
-            mWeights_TK,
-            mScores_TE,
-            mBits,
-            mCounts,
-            Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R),
-            mOffsets,
-            mTokenOffsets,
+            Choices(mIds_TK, mWeights_TK, mScores_TE, mBits, mCounts),
+            Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R, mOffsets, mTokenOffsets),
             Counted(mLogits_TE, mBefore_E, sums, sample_stride, counting - 1),
             counting_ctas,
             stream,

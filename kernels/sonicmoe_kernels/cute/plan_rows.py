@@ -38,13 +38,25 @@ WARPS = THREADS // WARP
 QUAD = 4  # counts of one 16-byte load
 
 
+class Choices(NamedTuple):
+    """What is read: every token's experts and scores, the bits, and their counts by block."""
+
+    mIds_TK: cute.Tensor
+    mScores_TK: cute.Tensor
+    mScores_TE: cute.Tensor | None
+    mBits: cute.Tensor
+    mChosen: cute.Tensor
+
+
 class Rows(NamedTuple):
-    """What is written for every row."""
+    """What is written for every row, and where the rows of experts and of tokens begin."""
 
     mTokenIdx_R: cute.Tensor
     mScore_R: cute.Tensor
     mSource_R: cute.Tensor
     mTokenRows_R: cute.Tensor
+    mExpertOffsets: cute.Tensor
+    mTokenOffsets: cute.Tensor
 
 
 class PlanRows:
@@ -85,22 +97,16 @@ class PlanRows:
         mTokenRows_R: cute.Tensor,
         stream: CUstream,
     ):
-        rows = Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R)
-        scores = (mIds_TK, mScores_TK, mScores_TE)
-        offsets = (mExpertOffsets, mTokenOffsets)
-        self.launch(*scores, mBits, mChosen, rows, *offsets, None, Int32(0), stream)
+        choices = Choices(mIds_TK, mScores_TK, mScores_TE, mBits, mChosen)
+        starts = (mExpertOffsets, mTokenOffsets)
+        rows = Rows(mTokenIdx_R, mScore_R, mSource_R, mTokenRows_R, *starts)
+        self.launch(choices, rows, None, Int32(0), stream)
 
     @cute.jit
     def launch(
         self,
-        mIds_TK: cute.Tensor,
-        mScores_TK: cute.Tensor,
-        mScores_TE: cute.Tensor | None,
-        mBits: cute.Tensor,
-        mChosen: cute.Tensor,
+        choices: Choices,
         rows: Rows,
-        mExpertOffsets: cute.Tensor,
-        mTokenOffsets: cute.Tensor,
         counted: Counted | None,
         counting_ctas: Int32,
         stream: CUstream,
@@ -118,55 +124,30 @@ class PlanRows:
             scratch: cute.struct.MemRange[Int32, WARPS]
 
         self.Storage = Storage
-        scores = (mIds_TK, mScores_TK, mScores_TE)
-        offsets = (mExpertOffsets, mTokenOffsets)
-        self.kernel(*scores, mBits, mChosen, rows, *offsets, counted).launch(
-            grid=[cutlass.max(mBits.shape[0], 1) + counting_ctas, 1, 1],
+        self.kernel(choices, rows, counted).launch(
+            grid=[cutlass.max(choices.mBits.shape[0], 1) + counting_ctas, 1, 1],
             block=[THREADS, 1, 1],
             stream=stream,
         )
 
     @cute.kernel
-    def kernel(
-        self,
-        mIds_TK: cute.Tensor,
-        mScores_TK: cute.Tensor,
-        mScores_TE: cute.Tensor | None,
-        mBits: cute.Tensor,
-        mChosen: cute.Tensor,
-        rows: Rows,
-        mExpertOffsets: cute.Tensor,
-        mTokenOffsets: cute.Tensor,
-        counted: Counted | None,
-    ):
+    def kernel(self, choices: Choices, rows: Rows, counted: Counted | None):
         block = cute.arch.block_idx()[0]
         storage = cutlass.memory.SmemAllocator().allocate(self.Storage)
-        scores, offsets = (mIds_TK, mScores_TK, mScores_TE), (mExpertOffsets, mTokenOffsets)
         if const_expr(counted is None):
-            blocks = cute.arch.grid_dim()[0]
-            self.write_plan(*scores, mBits, mChosen, rows, *offsets, blocks, storage)
+            self.write_plan(choices, rows, cute.arch.grid_dim()[0], storage)
         else:
-            blocks = cutlass.max(mBits.shape[0], 1)
+            blocks = cutlass.max(choices.mBits.shape[0], 1)
             if block < blocks:
-                self.write_plan(*scores, mBits, mChosen, rows, *offsets, blocks, storage)
+                self.write_plan(choices, rows, blocks, storage)
             else:
-                self.count(mChosen, counted, block - blocks, storage)
+                self.count(choices.mChosen, counted, block - blocks, storage)
 
     @cute.jit
-    def write_plan(
-        self,
-        mIds_TK: cute.Tensor,
-        mScores_TK: cute.Tensor,
-        mScores_TE: cute.Tensor | None,
-        mBits: cute.Tensor,
-        mChosen: cute.Tensor,
-        rows: Rows,
-        mExpertOffsets: cute.Tensor,
-        mTokenOffsets: cute.Tensor,
-        blocks: Int32,
-        storage: Any,
-    ):
+    def write_plan(self, choices: Choices, rows: Rows, blocks: Int32, storage: Any):
         """This CTA's tokens; `blocks` CTAs do it."""
+        mIds_TK, mScores_TK, mScores_TE, mBits, mChosen = choices
+        mExpertOffsets, mTokenOffsets = rows.mExpertOffsets, rows.mTokenOffsets
         thread = cute.arch.thread_idx()[0]
         block = cute.arch.block_idx()[0]
         token = block * TOKEN_BLOCK + thread

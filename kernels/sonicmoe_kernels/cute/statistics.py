@@ -16,10 +16,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, const_expr
 
 from sonicmoe_kernels.cute.expert_row import ExpertRow
-from sonicmoe_kernels.tiles import STATISTICS_CTAS, TILE_M, WARP, TopKOptions
+from sonicmoe_kernels.tiles import STATISTICS_CTAS, TILE_M, TOKEN_BLOCK, WARP, TopKOptions
 
-WARPS = 8
-THREADS = WARPS * WARP
+THREADS = TOKEN_BLOCK  # of a CTA of plan_rows.py
+WARPS = THREADS // WARP
 
 
 @cute.jit
