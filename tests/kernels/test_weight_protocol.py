@@ -91,7 +91,7 @@ def test_the_machine_notices_more_stages_than_a_lag_allows():
 
 
 def test_the_machine_notices_a_lag_that_nobody_ends(monkeypatch):
-    monkeypatch.setattr(GroupedGemmK, "allow_lag", lambda self, consumer: None)
+    monkeypatch.setattr(GroupedGemmK, "allow_lag", lambda self, group: None)
     with pytest.raises(AssertionError, match="deadlock"):
         check(GEMMS[3], [300], 1, 0)
 

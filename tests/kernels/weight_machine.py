@@ -159,11 +159,11 @@ class WeightMachine(Machine):
         self.barrier(("empty", state.index)).arrive(agent.threads // 32)
         self.pause()
 
-    def multiply(self, _mma, rSum, _g, _s, stage, first):
+    def multiply(self, _mma, rSum, _g, _s, stage, accumulates):
         """Checks that k tiles come in turn."""
         agent = self.agent
         unit, k = agent.products[stage] = self.stage_b[stage]
-        if first:
+        if not accumulates:
             rSum.products = []
         assert k == len(rSum.products)
         rSum.products.append((int(agent.name[-1]), unit))

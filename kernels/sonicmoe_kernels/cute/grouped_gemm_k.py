@@ -20,7 +20,7 @@ import cutlass.pipeline as pipeline
 import cutlass.utils.hopper_helpers as sm90
 from cuda.bindings.driver import CUstream
 from cutlass import Boolean, Float32, Int16, Int32, Int64, const_expr
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp
 from cutlass.tensor_utils import LayoutEnum
 
 from sonicmoe_kernels.cute.epilogues import round_pair
@@ -30,6 +30,7 @@ from sonicmoe_kernels.cute.gather_k import (
     load_row_index,
     row_of_lane,
 )
+from sonicmoe_kernels.cute.main_loop import WARPGROUP, MainLoop
 from sonicmoe_kernels.cute.schedule_k import (
     expert_of_turn,
     next_level_unit,
@@ -52,7 +53,6 @@ from sonicmoe_kernels.tiles import (
     WeightGemm,
 )
 
-WARPGROUP = 128
 CONSUMERS = 2  # warpgroups of 64 rows of the tile
 ROWS = WARPGROUP_ROWS
 SLAB = WEIGHT_SLAB
@@ -60,7 +60,6 @@ STORE_BUFFERS = WEIGHT_STORE_BUFFERS // CONSUMERS  # per consumer
 PRODUCER_REGISTERS = 56
 CONSUMER_REGISTERS = 224
 BARRIER_STORE = 1  # named barriers 1 and 2: one per consumer
-BARRIER_LAG = 3  # consumer 1 may start its unit
 
 
 class Walk(NamedTuple):
@@ -104,7 +103,7 @@ class SlabStore(NamedTuple):
     is_issuer: Boolean  # true in the one warp that talks to TMA
 
 
-class GroupedGemmK:
+class GroupedGemmK(MainLoop):
     """Persistent, warp specialised: one producer warpgroup, two consumers of 64 x tile_n sums.
 
     The producer gathers G with cp.async (all four warps) and loads S by TMA (one lane), multicast
@@ -129,6 +128,7 @@ class GroupedGemmK:
         self.D, self.F, self.N = gemm.d, gemm.f, gemm.n
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[gemm.dtype]
         self.outputs = gemm.halves
+        self.gathers = True
         self.transposed = gemm.kernel == "d_weight13"
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
@@ -460,7 +460,8 @@ class GroupedGemmK:
         consumer: Int32,
     ):
         """Sums 64 x tile_n of every unit; stores it in slabs during the next unit or at the end."""
-        tCrG, tCrS, rSum = self.make_fragments(mma, sG, sS, consumer)
+        operands = self.make_operands(mma, consumer * WARPGROUP, (TILE_M, self.tile_n), sG, sS)
+        rSum = operands[1]
         out = self.make_slab_store(mma_slab, stores, sOut, consumer)
         slabs = self.tile_n // SLAB
         slab_shape = mma_slab.partition_shape_C((ROWS, SLAB))
@@ -474,7 +475,6 @@ class GroupedGemmK:
         waves = self.before_first_wave()
         work = self.next_work(walk, *waves)
         held = work._replace(m=Int32(self.D))  # beyond all rows: nothing is stored
-        operands = (mma, rSum, tCrG, tCrS)
         while work.unit < walk.units:
             k_tiles = self.k_tiles(work.rows)
             next_work = work
@@ -483,25 +483,25 @@ class GroupedGemmK:
                 for c in cutlass.range_constexpr(slabs):
                     self.put_slab(out, tRrHeld[c], held, c)
                 next_work = self.next_work(walk, *waves)
-                state = self.start_stage(ring, state, operands, True)
-                for _ in cutlass.range(1, k_tiles, unroll=1):
-                    state = self.start_stage(ring, state, operands, False)
-                    release = self.finish_stage(ring, release, 1)
+                state = self.start_stage(ring, state, operands, False)
+                state, release = self.multiply_stages(
+                    ring, state, release, operands, Int32(1), k_tiles
+                )
                 release = self.finish_stage(ring, release, 0)
             else:
                 if const_expr(self.lag > 0):
                     self.wait_for_lag(consumer)
                 for c in cutlass.range_constexpr(slabs):
-                    state = self.start_stage(ring, state, operands, c == 0)
+                    state = self.start_stage(ring, state, operands, c > 0)
                     self.put_slab(out, tRrHeld[c], held, c)
                     if const_expr(c > 0):
                         release = self.finish_stage(ring, release, 1)
                     if const_expr(c == self.lag and c > 0):
                         self.allow_lag(consumer)
                 next_work = self.next_work(walk, *waves)
-                for _ in cutlass.range(slabs, k_tiles, unroll=1):
-                    state = self.start_stage(ring, state, operands, False)
-                    release = self.finish_stage(ring, release, 1)
+                state, release = self.multiply_stages(
+                    ring, state, release, operands, Int32(slabs), k_tiles
+                )
                 release = self.finish_stage(ring, release, 0)
             for c in cutlass.range_constexpr(slabs):
                 self.hold_slab(rSum, rHeld[c], c)
@@ -512,33 +512,6 @@ class GroupedGemmK:
         if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
-    @cute.jit
-    def wait_for_lag(self, consumer: Int32):
-        """Consumer 1 begins `lag` k tiles behind consumer 0, whose turn to round comes sooner."""
-        if consumer == 1:
-            cute.arch.barrier(barrier_id=BARRIER_LAG, number_of_threads=2 * WARPGROUP)
-
-    @cute.jit
-    def allow_lag(self, consumer: Int32):
-        """Consumer 0 has done the k tiles that consumer 1 waits for."""
-        if consumer == 0:
-            cute.arch.barrier_arrive(barrier_id=BARRIER_LAG, number_of_threads=2 * WARPGROUP)
-
-    def start_stage(self, ring, state, operands: tuple, first: bool):
-        """Waits for a k tile and starts its products. Loops carry the state that is given back."""
-        ring.consumer_wait(state)
-        cute.arch.fence_proxy("async.shared", space="cta")
-        self.multiply(*operands, state.index, first)
-        state.advance()
-        return state
-
-    def finish_stage(self, ring, release, running: int):
-        """Waits until `running` k tiles are being multiplied; gives back the one before."""
-        warpgroup.wait_group(running)
-        ring.consumer_release(release)
-        release.advance()
-        return release
-
     def hold_slab(self, rSum: cute.Tensor, rSlab: cute.Tensor, c: int):
         """Rounds the sums of slab `c`, which frees their registers."""
         rWords = cute.recast_tensor(rSlab, Int32)
@@ -546,14 +519,6 @@ class GroupedGemmK:
         for i in range(words):
             first = (c * words + i) * 2
             rWords[i] = round_pair(rSum[first], rSum[first + 1], self.dtype)
-
-    def make_fragments(self, mma, sG, sS, consumer) -> tuple:
-        """A consumer's parts of the stages of G and S, and its sums."""
-        thread_mma = mma.get_slice(consumer * WARPGROUP)
-        tCrG = mma.make_fragment_A(thread_mma.partition_A(sG))
-        tCrS = mma.make_fragment_B(thread_mma.partition_B(sS))
-        shape = mma.partition_shape_C((TILE_M, self.tile_n))
-        return tCrG, tCrS, cute.make_rmem_tensor(shape, Float32)
 
     def make_slab_store(self, mma_slab, stores, sOut, consumer) -> SlabStore:
         """How a consumer stores slabs."""
@@ -612,24 +577,3 @@ class GroupedGemmK:
                     cute.group_modes(gOut, 0, 3),
                 )
                 cute.copy(store.atom, tOsOut[None, buffer], tOgOut)
-
-    @cute.jit
-    def multiply(
-        self,
-        mma: cute.TiledMma,
-        rSum: cute.Tensor,
-        tCrG: cute.Tensor,
-        tCrS: cute.Tensor,
-        stage: Int32,
-        first: cutlass.Constexpr,
-    ):
-        """Starts rSum (+)= G^T S of one stage; the first one overwrites rSum."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, not first)
-        for block in cutlass.range_constexpr(cute.size(tCrG, mode=[2])):
-            cute.gemm(
-                atom, rSum, tCrG[None, None, block, stage], tCrS[None, None, block, stage], rSum
-            )
-            atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()

@@ -25,10 +25,11 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Boolean, Float32, Int16, Int32, Int64, const_expr, pipeline
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp
 from cutlass.tensor_utils import LayoutEnum
 
 from sonicmoe_kernels.cute import gather, schedule
+from sonicmoe_kernels.cute.main_loop import WARPGROUP, MainLoop
 from sonicmoe_kernels.tiles import (
     CLUSTER,
     ELEMENT_BYTES,
@@ -39,11 +40,10 @@ from sonicmoe_kernels.tiles import (
     RowGemm,
 )
 
-WARPGROUP = 128
 PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three roles share 504
 CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
 FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
-FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong), or 1's (lag)
+FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
 MULTICAST_MASK = (1 << CLUSTER) - 1
 
 
@@ -100,7 +100,7 @@ class EpilogueMemory(NamedTuple):
     is_issuer: Boolean  # true in the one warp that talks to TMA
 
 
-class GroupedGemmM:
+class GroupedGemmM(MainLoop):
     """Base of the ragged-M kernels; see the module's text for warp roles and shared memory."""
 
     def __init__(self, gemm: RowGemm, *, weights_are_n_major: cutlass.Constexpr):
@@ -108,6 +108,7 @@ class GroupedGemmM:
         self.tile = gemm.tile
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[gemm.dtype]
         self.pingpong = gemm.tile.schedule == "pingpong"
+        self.gathers = gemm.gathers
         self.row_blocks = 2 if self.pingpong else 1  # blocks of 64 rows a warpgroup owns
         self.k_tiles = gemm.k_tiles
         self.b_major = OperandMajorMode.MN if weights_are_n_major else OperandMajorMode.K
@@ -452,12 +453,9 @@ class GroupedGemmM:
         """Multiplies and runs the epilogue of all tiles of this warpgroup."""
         gemm = self.gemm
         mma_slice = 0 if const_expr(self.pingpong) else memory.group * WARPGROUP
-        thread_mma = tiled_mma.get_slice(mma_slice)
-        rA = tiled_mma.make_fragment_A(thread_mma.partition_A(sA))
-        rB = tiled_mma.make_fragment_B(thread_mma.partition_B(sB))
-        accumulator_shape = tiled_mma.partition_shape_C((TILE_M, self.tile.tile_n))
-        rAcc = cute.make_rmem_tensor(accumulator_shape, Float32)
-        operands = (tiled_mma, rAcc, rA, rB)
+        shape = (TILE_M, self.tile.tile_n)
+        operands = self.make_operands(tiled_mma, mma_slice, shape, sA, sB)
+        _, rAcc, rA, rB = operands
         if const_expr(self.tile.short_tiles):
             upper_half = (tiled_mma, self.first_block(rAcc), self.first_block(rA), rB)
         registers = self.epilogue_registers()
@@ -486,43 +484,20 @@ class GroupedGemmM:
             output = OutputTile(first, length, row, at.n)
             if row < length:
                 self.before_main_loop(epilogue, registers, memory, output)
-                if const_expr(self.pingpong):
-                    # In-order main loops: a group that waits too far ahead sees parity alias.
-                    cute.arch.barrier(
-                        barrier_id=FIRST_ORDER_BARRIER + memory.group,
-                        number_of_threads=2 * WARPGROUP,
-                    )
-                if const_expr(self.tile.lag > 0):
-                    self.wait_for_lag(memory)
                 if const_expr(self.tile.short_tiles):
-                    # Complete on either way: a product in flight where they meet is waited for.
+                    # Each way ends without a product in flight: the compiler would wait for all.
                     if length - row <= WARPGROUP_ROWS:
-                        read = self.start_stage(stages, read, upper_half, False)
-                        for _k in cutlass.range(1, self.k_tiles, unroll=1):
-                            read = self.start_stage(stages, read, upper_half, True)
-                            release = self.finish_stage(stages, release, 1)
-                        self.give_turn(memory)
-                        release = self.finish_stage(stages, release, 0)
+                        read, release = self.multiply_tile(
+                            stages, read, release, upper_half, memory, row, length
+                        )
                     else:
-                        read = self.start_stage(stages, read, operands, False)
-                        for _k in cutlass.range(1, self.k_tiles, unroll=1):
-                            read = self.start_stage(stages, read, operands, True)
-                            release = self.finish_stage(stages, release, 1)
-                        self.give_turn(memory)
-                        release = self.finish_stage(stages, release, 0)
+                        read, release = self.multiply_tile(
+                            stages, read, release, operands, memory, row, length
+                        )
                 else:
-                    read = self.start_stage(stages, read, operands, False)
-                    if const_expr(self.tile.lag > 0):
-                        for _k in cutlass.range_constexpr(self.tile.lag):
-                            read = self.start_stage(stages, read, operands, True)
-                            release = self.finish_stage(stages, release, 1)
-                        self.allow_lag(memory, row, length)
-                    for _k in cutlass.range(1 + self.tile.lag, self.k_tiles, unroll=1):
-                        read = self.start_stage(stages, read, operands, True)
-                        release = self.finish_stage(stages, release, 1)
-                    if const_expr(self.pingpong):
-                        self.give_turn(memory)
-                    release = self.finish_stage(stages, release, 0)
+                    read, release = self.multiply_tile(
+                        stages, read, release, operands, memory, row, length
+                    )
                 self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
                 tiles_done += 1
             elif const_expr(not self.pingpong):
@@ -547,57 +522,32 @@ class GroupedGemmM:
         return cute.make_tensor(fragment.iterator, cute.make_layout(shape, stride=layout.stride))
 
     @cute.jit
-    def give_turn(self, memory):
-        """The other warpgroup may begin its main loop (ping-pong)."""
-        cute.arch.barrier_arrive(
-            barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group, number_of_threads=2 * WARPGROUP
-        )
-
-    @cute.jit
-    def wait_for_lag(self, memory):
-        """Warpgroup 1 begins a tile `lag` k tiles behind 0, whose epilogue comes sooner."""
-        if memory.group == 1:
-            cute.arch.barrier(barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP)
-
-    @cute.jit
-    def allow_lag(self, memory, row: Int32, length: Int32):
-        """Warpgroup 0 has done the k tiles that 1 waits for, if 1 has rows of this tile."""
-        if memory.group == 0 and row + WARPGROUP_ROWS < length:
-            cute.arch.barrier_arrive(
-                barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP
+    def multiply_tile(self, stages, read, release, operands: tuple, memory, row, length):
+        """The main loop of a tile; (read, release) behind it."""
+        if const_expr(self.pingpong):
+            # In-order main loops: a group that waits too far ahead sees parity alias.
+            cute.arch.barrier(
+                barrier_id=FIRST_ORDER_BARRIER + memory.group, number_of_threads=2 * WARPGROUP
             )
-
-    def start_stage(self, stages, read, operands: tuple, accumulates: bool):
-        """Waits for a k tile and starts its products. Loops carry the state that is given back."""
-        stages.consumer_wait(read)
-        self.fence_gathered()
-        self.multiply(*operands, read.index, accumulates)
-        read.advance()
-        return read
-
-    def finish_stage(self, stages, release, running: int):
-        """Waits until `running` k tiles are being multiplied; gives back the one before."""
-        warpgroup.wait_group(running)
-        stages.consumer_release(release)
-        release.advance()
-        return release
-
-    @cute.jit
-    def multiply(self, tiled_mma, rAcc, rA, rB, stage, accumulates: cutlass.Constexpr):
-        """Issues the wgmmas of one stage; the first of a tile overwrites the accumulators."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(tiled_mma.op)
-        atom.set(warpgroup.Field.ACCUMULATE, accumulates)
-        for block in cutlass.range_constexpr(cute.size(rA, mode=[2])):
-            cute.gemm(atom, rAcc, rA[None, None, block, stage], rB[None, None, block, stage], rAcc)
-            atom.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
-
-    @cute.jit
-    def fence_gathered(self):
-        """cp.async writes through the generic proxy, wgmma reads through the async one."""
-        if const_expr(self.gemm.gathers):
-            cute.arch.fence_proxy("async.shared", space="cta")
+        if const_expr(self.tile.lag > 0):
+            self.wait_for_lag(memory.group)
+        read = self.start_stage(stages, read, operands, False)
+        if const_expr(self.tile.lag > 0):
+            read, release = self.multiply_stages(
+                stages, read, release, operands, Int32(0), Int32(self.tile.lag)
+            )
+            if row + WARPGROUP_ROWS < length:  # warpgroup 1 has rows of this tile
+                self.allow_lag(memory.group)
+        read, release = self.multiply_stages(
+            stages, read, release, operands, Int32(1 + self.tile.lag), Int32(self.k_tiles)
+        )
+        if const_expr(self.pingpong):  # the other warpgroup's turn
+            cute.arch.barrier_arrive(
+                barrier_id=FIRST_ORDER_BARRIER + 1 - memory.group,
+                number_of_threads=2 * WARPGROUP,
+            )
+        release = self.finish_stage(stages, release, 0)
+        return read, release
 
     # ----------------------------------- device: what an epilogue is made of
 
