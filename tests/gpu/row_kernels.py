@@ -4,7 +4,9 @@ Legend: T tokens, D model width, F expert width, E experts, R routed rows, R_max
 
 A kernel passes when, per expert, calc_diff < 1e-5 (1e-4 with fewer than 8 rows), no error exceeds
 twice the largest rounding of the reference to the kernel's dtype, rows in [R, R_max) are untouched
-and a second run gives the same bits. dS (fp32) and weight gradients have the per-expert bound only.
+and a second run gives the same bits. dS (fp32) and weight gradients have the per-expert bound only;
+dS is one number a row, and of fewer than 8 each is compared with what is typical of all (its error
+is that of the sum it is, however much cancels).
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, dtype: torch.dtype) -> Problem:
-    """Draws the case and pads its plan: garbage tokens, NaN scores."""
+    """Draws the case and pads its plan: garbage tokens, NaN scores. Later draws repeat too."""
+    torch.manual_seed(case.seed)
     gated = get_activation(case.activation).gated
     inputs = make_inputs(case, gated=gated, device="cuda", dtype=dtype)
     plan = make_plan(case, inputs.pairs, device="cuda")
@@ -110,12 +113,17 @@ def assert_rows(problem: Problem, name: str, got: Tensor, expected: Tensor) -> N
     valid = got[: problem.rows]
     assert torch.isnan(got[problem.rows :]).all(), f"{label}: wrote a row beyond R"
     assert torch.isfinite(valid).all(), f"{label}: not finite, first {first_bad(valid, expected)}"
+    typical = expected.square().mean().item()
     for expert in range(problem.case.E):
         rows = slice(problem.bounds[expert], problem.bounds[expert + 1])
         count = rows.stop - rows.start
         if count:
-            diff = calc_diff(valid[rows], expected[rows])
-            bound = CALC_DIFF_BOUND if count >= FEW_ROWS else CALC_DIFF_BOUND_FEW_ROWS
+            few = count < FEW_ROWS
+            if few and valid.ndim == 1:  # what calc_diff of typical numbers with this error is
+                diff = (valid[rows] - expected[rows]).square().max().item() / (2 * typical)
+            else:
+                diff = calc_diff(valid[rows], expected[rows])
+            bound = CALC_DIFF_BOUND_FEW_ROWS if few else CALC_DIFF_BOUND
             where = first_bad(valid[rows], expected[rows])
             assert diff < bound, (
                 f"{label}: expert {expert} of {count} rows diff {diff:.3g}, {where}"
