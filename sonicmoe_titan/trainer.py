@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -62,8 +63,13 @@ class SonicTrainer(Trainer):
             self._account_activations()
 
     def train(self) -> None:
-        """As stock; says so when the checkpoint was already at the last step."""
-        super().train()
+        """As stock, in one thread; says so when the checkpoint was already at the last step.
+
+        A process has one GPU, so autograd's thread for it would run nothing at the same time: it
+        only has to be woken, and finds its CPU's caches empty.
+        """
+        with torch.autograd.set_multithreading_enabled(False):
+            super().train()
         if not self._has_stepped:
             logger.info(
                 f"Nothing to train: the checkpoint is at step {self.step} of "

@@ -95,4 +95,5 @@ class HostBlocks:
         return out_BLD
 
     def backward(self, out: Tensor) -> None:
-        torch.autograd.grad(out, self.wanted, self.dout_BLD)
+        with torch.autograd.set_multithreading_enabled(False):  # as the trainer runs it
+            torch.autograd.grad(out, self.wanted, self.dout_BLD)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
@@ -25,6 +26,19 @@ def test_log_names_the_loss_of_token_frequencies(
             trainer._describe_text()
     (line,) = caplog.messages
     assert "4,000 tokens of 2.50 bytes" in line and "5.807 nats per token" in line
+
+
+def test_backward_runs_in_the_thread_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        Trainer, "train", lambda self: seen.append(torch.autograd.is_multithreading_enabled())
+    )
+    trainer: Any = SonicTrainer.__new__(SonicTrainer)
+    trainer._has_stepped = True
+    assert torch.autograd.is_multithreading_enabled()
+    trainer.train()
+    assert seen == [False]
+    assert torch.autograd.is_multithreading_enabled()
 
 
 @pytest.mark.parametrize("steps", [0, 1])
