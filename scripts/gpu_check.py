@@ -66,29 +66,22 @@ EXTRA_CASES = (
 
 WEIGHT_TILES = (
     WeightTile(256, 4, 2),
-    WeightTile(256, 4, 2, lag=1),
-    WeightTile(256, 4, 2, lag=2),
     WeightTile(256, 4, 1),
     WeightTile(192, 4, 2),
 )
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(256, 4, lag=1), RowTile(256, 4, lag=2)),
+    "up": (RowTile(256, 4),),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, short_tiles=True),
         RowTile(192, 5, "pingpong", epi_n=64),
         RowTile(256, 4, epi_n=64, epi_sets=2),
     ),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
-        RowTile(256, 3, load_sets=2, lag=1),
-        RowTile(256, 3, load_sets=2, lag=2),
         RowTile(256, 3, "relayed", load_sets=4),
-        RowTile(256, 3, "relayed", load_sets=4, lag=1),
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, short_tiles=True),
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),

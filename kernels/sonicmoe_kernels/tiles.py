@@ -39,9 +39,6 @@ class RowTile:
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
-    lag: k tiles that the second warpgroup begins later than the first where both multiply one tile,
-    so that one multiplies while the other does not. short_tiles: ping-pong multiplies only the
-    first 64 rows of a tile that has no more (cooperative tiles always do).
     """
 
     tile_n: int
@@ -50,8 +47,6 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
-    lag: int = 0
-    short_tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,12 +188,6 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return f"load_sets={tile.load_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.stages < 2:
         return "a pipeline needs two stages"
-    if tile.short_tiles and tile.schedule != "pingpong":
-        return "short_tiles is for ping-pong: others leave out 64 rows that have none anyway"
-    if tile.lag and (tile.schedule == "pingpong" or tile.lag >= tile.stages):
-        return f"lag={tile.lag} needs two warpgroups on one tile and fewer k tiles than stages"
-    if tile.lag and gemm.k_tiles < tile.stages:
-        return f"lag={tile.lag} needs {tile.stages} k tiles, for all stages (one arrival at a time)"
     if gemm.shared_memory > SHARED_MEMORY_LIMIT:
         return f"{gemm.shared_memory} bytes of shared memory exceed {SHARED_MEMORY_LIMIT}"
     return None
@@ -284,8 +273,7 @@ WeightKernel = Literal["d_weight2", "d_weight13"]
 class WeightTile:
     """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
 
-    stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns. lag: as in
-    RowTile, for experts with as many k tiles as slabs.
+    stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
     Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
     1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
@@ -293,7 +281,6 @@ class WeightTile:
     tile_n: int
     stages: int
     cluster: int
-    lag: int = 0
 
 
 @dataclass(frozen=True)
@@ -353,8 +340,6 @@ def why_illegal_weights(gemm: WeightGemm) -> str | None:
         return f"cluster={tile.cluster} is not 1 or {CLUSTER}"
     if tile.stages < 2:
         return "a pipeline needs two stages"
-    if tile.lag and not tile.lag < tile.stages <= tile.tile_n // WEIGHT_SLAB:
-        return f"lag={tile.lag} must be less than the stages, these no more than slabs"
     if gemm.shared_memory > SHARED_MEMORY_LIMIT:
         return f"{gemm.shared_memory} bytes of shared memory exceed {SHARED_MEMORY_LIMIT}"
     return None

@@ -135,8 +135,6 @@ class Machine(Warps):
             cp_async_bulk_wait_group=self.wait_group,
             fence_proxy=self.fence,
             sync_warp=self.synchronise,
-            barrier=self.named_barrier,
-            barrier_arrive=self.arrive_at_named,
         )
         cute = SimpleNamespace(
             arch=arch,
@@ -183,7 +181,7 @@ class Machine(Warps):
     def run_cluster(self, cluster):
         gemm, kernel = self.gemm, self.kernel
         self.events, self.barriers = [], {}
-        self.cells, self.named = defaultdict(Cell), defaultdict(list)
+        self.cells = defaultdict(Cell)
         self.stage_a, self.stage_b = defaultdict(dict), defaultdict(dict)
         self.copies = defaultdict(list)  # of cp.async, by agent
         self.agents = []
@@ -233,23 +231,6 @@ class Machine(Warps):
             if cell.writer is self.agent and cell.fenced:
                 cell.writer = None
         super().arrive(pointer)
-
-    def named_barrier(self, *, barrier_id, number_of_threads):
-        """Of one warpgroup, or of two: then the other one arrives without waiting."""
-        agent = self.agent
-        if number_of_threads == agent.threads:
-            self.synchronise()
-            return
-        arrived = self.named[agent.cta, barrier_id]
-        self.pause(lambda: bool(arrived))
-        arrived.clear()
-
-    def arrive_at_named(self, *, barrier_id, number_of_threads):
-        arrived = self.named[self.agent.cta, barrier_id]
-        assert number_of_threads == 2 * self.agent.threads
-        assert not arrived, "a second arrival would complete the named barrier alone"
-        arrived.append(self.agent)
-        self.pause()
 
     # ------------------------------------------------------------------ the ring of stages
 

@@ -31,25 +31,12 @@ GEMMS = [
     RowGemm("d_hidden", 192, 128, 3, "bfloat16", "swiglu", RowTile(128, 2, "relayed", load_sets=4)),
     RowGemm("d_hidden", 128, 320, 3, "bfloat16", "swiglu", RowTile(256, 3, "relayed", load_sets=4)),
     RowGemm("d_hidden", 64, 384, 3, "float16", "relu2", RowTile(128, 3, "relayed", load_sets=4)),
-    RowGemm(
-        "d_hidden",
-        192,
-        128,
-        3,
-        "bfloat16",
-        "swiglu",
-        RowTile(128, 3, "relayed", load_sets=4, lag=1),
-    ),
-    RowGemm(
-        "d_hidden", 256, 320, 3, "bfloat16", "silu", RowTile(128, 3, "relayed", load_sets=4, lag=2)
-    ),
 ]
 
 
 def label(gemm):
     tile = gemm.tile
-    name = f"{gemm.kernel}-{gemm.activation}-{tile.tile_n}x{gemm.n_tiles}"
-    return f"{name}-{tile.stages}-{tile.lag}"
+    return f"{gemm.kernel}-{gemm.activation}-{tile.tile_n}x{gemm.n_tiles}-{tile.stages}"
 
 
 def handed_over(gemm, first, local_row, column):

@@ -93,6 +93,7 @@ class WeightMachine(Machine):
             tma_partition=lambda _atom, _cta, _layout, _s, g: (Boxes("store"), g)
         )
         cute = fakes["cute"]
+        cute.arch.barrier = lambda **_: self.synchronise()
         cute.arch.block_idx = lambda: (self.agent.cta, 0, 0)
         cute.arch.grid_dim = lambda: (self.ctas, 1, 1)
         cute.arch.lane_idx = lambda: 0
@@ -115,7 +116,7 @@ class WeightMachine(Machine):
         kernel, gemm = self.kernel, self.gemm
         for cta in range(self.ctas):
             self.events, self.barriers, self.agents = [], {}, []
-            self.cells, self.named, self.stage_b = defaultdict(Cell), defaultdict(list), {}
+            self.cells, self.stage_b = defaultdict(Cell), {}
             for stage in range(gemm.tile.stages):
                 self.barriers[cta, ("full", stage)] = Barrier(1)
                 self.barriers[cta, ("empty", stage)] = Barrier(CONSUMERS * WARPGROUP // 32)

@@ -132,7 +132,7 @@ class GroupedGemmK(MainLoop):
         self.transposed = gemm.kernel == "d_weight13"
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
-        self.cluster, self.lag = gemm.tile.cluster, gemm.tile.lag
+        self.cluster = gemm.tile.cluster
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
@@ -489,15 +489,11 @@ class GroupedGemmK(MainLoop):
                 )
                 release = self.finish_stage(ring, release, 0)
             else:
-                if const_expr(self.lag > 0):
-                    self.wait_for_lag(consumer)
                 for c in cutlass.range_constexpr(slabs):
                     state = self.start_stage(ring, state, operands, c > 0)
                     self.put_slab(out, tRrHeld[c], held, c)
                     if const_expr(c > 0):
                         release = self.finish_stage(ring, release, 1)
-                    if const_expr(c == self.lag and c > 0):
-                        self.allow_lag(consumer)
                 next_work = self.next_work(walk, *waves)
                 state, release = self.multiply_stages(
                     ring, state, release, operands, Int32(slabs), k_tiles

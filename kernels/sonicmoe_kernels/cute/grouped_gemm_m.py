@@ -455,9 +455,7 @@ class GroupedGemmM(MainLoop):
         mma_slice = 0 if const_expr(self.pingpong) else memory.group * WARPGROUP
         shape = (TILE_M, self.tile.tile_n)
         operands = self.make_operands(tiled_mma, mma_slice, shape, sA, sB)
-        _, rAcc, rA, rB = operands
-        if const_expr(self.tile.short_tiles):
-            upper_half = (tiled_mma, self.first_block(rAcc), self.first_block(rA), rB)
+        rAcc = operands[1]
         registers = self.epilogue_registers()
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
         expert = Int32(0)
@@ -484,20 +482,7 @@ class GroupedGemmM(MainLoop):
             output = OutputTile(first, length, row, at.n)
             if row < length:
                 self.before_main_loop(epilogue, registers, memory, output)
-                if const_expr(self.tile.short_tiles):
-                    # Each way ends without a product in flight: the compiler would wait for all.
-                    if length - row <= WARPGROUP_ROWS:
-                        read, release = self.multiply_tile(
-                            stages, read, release, upper_half, memory, row, length
-                        )
-                    else:
-                        read, release = self.multiply_tile(
-                            stages, read, release, operands, memory, row, length
-                        )
-                else:
-                    read, release = self.multiply_tile(
-                        stages, read, release, operands, memory, row, length
-                    )
+                read, release = self.multiply_tile(stages, read, release, operands, memory)
                 self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
                 tiles_done += 1
             elif const_expr(not self.pingpong):
@@ -515,31 +500,17 @@ class GroupedGemmM(MainLoop):
         if memory.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
-    def first_block(self, fragment: cute.Tensor) -> cute.Tensor:
-        """The part of a fragment (V, M, ...) that belongs to the first 64 rows."""
-        layout = fragment.layout
-        shape = (layout.shape[0], 1, *layout.shape[2:])
-        return cute.make_tensor(fragment.iterator, cute.make_layout(shape, stride=layout.stride))
-
     @cute.jit
-    def multiply_tile(self, stages, read, release, operands: tuple, memory, row, length):
+    def multiply_tile(self, stages, read, release, operands: tuple, memory):
         """The main loop of a tile; (read, release) behind it."""
         if const_expr(self.pingpong):
             # In-order main loops: a group that waits too far ahead sees parity alias.
             cute.arch.barrier(
                 barrier_id=FIRST_ORDER_BARRIER + memory.group, number_of_threads=2 * WARPGROUP
             )
-        if const_expr(self.tile.lag > 0):
-            self.wait_for_lag(memory.group)
         read = self.start_stage(stages, read, operands, False)
-        if const_expr(self.tile.lag > 0):
-            read, release = self.multiply_stages(
-                stages, read, release, operands, Int32(0), Int32(self.tile.lag)
-            )
-            if row + WARPGROUP_ROWS < length:  # warpgroup 1 has rows of this tile
-                self.allow_lag(memory.group)
         read, release = self.multiply_stages(
-            stages, read, release, operands, Int32(1 + self.tile.lag), Int32(self.k_tiles)
+            stages, read, release, operands, Int32(1), Int32(self.k_tiles)
         )
         if const_expr(self.pingpong):  # the other warpgroup's turn
             cute.arch.barrier_arrive(

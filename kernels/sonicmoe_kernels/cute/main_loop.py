@@ -11,7 +11,6 @@ from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
 WARPGROUP = 128
-LAG_BARRIER = 3  # named barrier: warpgroup 1 may begin
 
 
 class MainLoop:
@@ -66,15 +65,3 @@ class MainLoop:
         """cp.async writes through the generic proxy, wgmma reads through the async one."""
         if const_expr(self.gathers):
             cute.arch.fence_proxy("async.shared", space="cta")
-
-    @cute.jit
-    def wait_for_lag(self, group: Int32):
-        """Warpgroup 1 begins a tile some k tiles behind 0, which is done with it sooner."""
-        if group == 1:
-            cute.arch.barrier(barrier_id=LAG_BARRIER, number_of_threads=2 * WARPGROUP)
-
-    @cute.jit
-    def allow_lag(self, group: Int32):
-        """Warpgroup 0 has done the k tiles that 1 waits for."""
-        if group == 0:
-            cute.arch.barrier_arrive(barrier_id=LAG_BARRIER, number_of_threads=2 * WARPGROUP)
