@@ -15,7 +15,7 @@ from torchtitan.models.common.token_dispatcher import (
     LocalTokenDispatcher,
 )
 
-from sonicmoe_titan.model_args import Backend, Rounding, Router
+from sonicmoe_titan.model_args import Backend, FusedBlock, Rounding, Router
 from sonicmoe_titan.moe import (
     FIXED_TOP_K_DISPATCHERS,
     SonicGroupedExperts,
@@ -37,7 +37,7 @@ def to_sonic(
     z_loss_coeff: float = 0.0,
     backend: Backend = "auto",
     redispatch_x: bool = False,
-    fused_block: bool = False,
+    fused_block: FusedBlock = "auto",
 ) -> SonicMoE.Config:
     """The SonicMoE block that computes what a stock MoE block does, with the same parameters.
 
@@ -49,13 +49,20 @@ def to_sonic(
         aux_loss_coeff, z_loss_coeff: load-balancing loss and router z-loss; 0 is off.
         backend: "auto", "hopper" or "torch".
         redispatch_x: under expert parallelism send x again in backward instead of saving it.
-        fused_block: eager, run the block as one operator where `fused` can.
+        fused_block: when an eager block is one operator, where `fused` can: "auto" (few tokens),
+            "always" or "never".
 
     Raises:
         ValueError: an option that is not accepted; a part of the block is a class whose behaviour
             this block does not reproduce; a dispatcher that cannot carry token rounding.
     """
-    _check_options(router=router, rounding=rounding, softmax_order=softmax_order, backend=backend)
+    _check_options(
+        router=router,
+        rounding=rounding,
+        softmax_order=softmax_order,
+        backend=backend,
+        fused_block=fused_block,
+    )
     if rounding_tile < 1:
         raise ValueError(f"rounding_tile is {rounding_tile}; it must be at least 1")
     _refuse_foreign(moe_cfg)
@@ -100,6 +107,7 @@ _ACCEPTED: dict[str, tuple[str, ...]] = {
     "rounding": get_args(Rounding),
     "softmax_order": ("before", "after"),
     "backend": get_args(Backend),
+    "fused_block": get_args(FusedBlock),
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sonicmoe_kernels.backends import resolve_backend, resolve_topk_backend
-from sonicmoe_kernels.block import ALIGN, FusedBlock, fused_block
+from sonicmoe_kernels.block import ALIGN, FEW_TOKENS, FusedBlock, fused_block
 from sonicmoe_kernels.block_stages import BlockLayer, why_illegal_block
 from sonicmoe_kernels.thin_autograd import somebody_watches
 from sonicmoe_kernels.tiles import TopKOptions
@@ -38,7 +38,12 @@ def routed_output(
         kinds: the classes for which the operator stands in: of router, gate, routed experts and
             their weights.
     """
+    if moe.fused_block == "never":
+        return None
     if somebody_watches() or torch._C._len_torch_function_stack() > 0:
+        return None
+    shape = x_BLD.shape  # not sooner: a tracer would compile again for another
+    if moe.fused_block == "auto" and shape[:-1].numel() > FEW_TOKENS:
         return None
     if torch.is_autocast_enabled("cuda"):
         return None
@@ -60,7 +65,7 @@ def routed_output(
         return None
     if torch.is_grad_enabled() and len({tensor.requires_grad for tensor in halves}) > 1:
         return None  # the operator computes all gradients
-    shape, training = x_BLD.shape, moe.training
+    training = moe.training
     block = _block_for(router, experts, x_BLD, w1, training=training, has_bias=bias_E is not None)
     if block is None or block.sizes(shape[0] * shape[1]) is None:
         return None

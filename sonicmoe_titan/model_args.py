@@ -6,6 +6,7 @@ from typing import Literal
 
 Attention = Literal["auto", "sdpa", "flex", "varlen"]
 Backend = Literal["auto", "hopper", "torch"]
+FusedBlock = Literal["auto", "always", "never"]
 MoEBlock = Literal["sonic", "stock"]
 Router = Literal["topk", "token_rounding"]
 Rounding = Literal["nearest", "stochastic", "score_stochastic", "balance", "up", "down"]
@@ -83,8 +84,8 @@ class ModelArgs:
     """Kernels of router and experts: hopper (ours) or torch; auto picks one and says why."""
     redispatch_x: bool = False
     """Under expert parallelism save only the local input and send it again in backward."""
-    fused_block: bool = False
-    """Run eager blocks as one operator where possible (docs/host_cost.md): for few tokens."""
+    fused_block: FusedBlock = "auto"
+    """Eager blocks as one operator where possible (docs/host_cost.md); auto: up to 2048 tokens."""
 
     @property
     def kv_heads(self) -> int:
@@ -195,7 +196,7 @@ _NOT_IN_STOCK = {
     "z_loss_coeff": 0.0,
     "backend": "auto",
     "redispatch_x": False,
-    "fused_block": False,
+    "fused_block": "auto",
 }
 _NOT_NEGATIVE = ("shared_expert_dim", "aux_loss_coeff", "z_loss_coeff")
 assert {*_POSITIVE, *_NOT_NEGATIVE} <= {field.name for field in dataclasses.fields(ModelArgs)}

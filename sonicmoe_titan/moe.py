@@ -29,7 +29,7 @@ from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
 from sonicmoe_titan.expert_parallel import Experts, expert_parallel
 from sonicmoe_titan.fused import routed_output
-from sonicmoe_titan.model_args import Backend, Rounding, Router
+from sonicmoe_titan.model_args import Backend, FusedBlock, Rounding, Router
 from sonicmoe_titan.router import Float32Gate, SonicRouter
 from sonicmoe_titan.stats import RouterStats, first_pass
 
@@ -213,21 +213,21 @@ class SonicMoE(MoE):
 
     @dataclass(kw_only=True, slots=True)
     class Config(MoE.Config):
-        fused_block: bool = False
+        fused_block: FusedBlock = "auto"
 
     router: SonicRouter
     routed_experts: SonicRoutedExperts
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.fused_block = config.fused_block
+        self.fused_block: FusedBlock = config.fused_block
         self.stats = RouterStats(config.num_experts)
         self.router.stats = self.stats
         self.routed_experts.stats = self.stats
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) to (B, L, D): routed experts plus the shared experts if there are any."""
-        out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS) if self.fused_block else None
+        out_BLD = routed_output(self, x_BLD, kinds=FUSED_KINDS)
         if out_BLD is None:
             scores_BLK, ids_BLK, scores_BLE = self.router(x_BLD, self.expert_bias_E)
             count_E = self._count(ids_BLK, scores_BLE)

@@ -72,7 +72,6 @@ class HostBlocks:
             backend="hopper",
             router="topk" if router == "topk" else "token_rounding",
             rounding="nearest" if router == "topk" else router,
-            fused_block=True,
         )
         device = torch.device("cuda")
         with device:

@@ -13,7 +13,8 @@ from bench.process import ROOT
 PYTHON = sys.executable
 CONFIGS = ("moe_7b", "moe_1p4b_k2", "moe_1p4b_k8", "debug", "token_rounding")
 # What tests/gpu/test_training.py changes about debug.toml for the block as one operator.
-FUSED = ["--model.num_experts", "64", "--model.aux_loss_coeff", "0", "--model.fused_block", "true"]
+FUSED = ["--model.num_experts", "64", "--model.aux_loss_coeff", "0"]
+FUSED += ["--model.fused_block", "always"]
 # What the peers' autotuners chose is kept on disk and found again, also after an interruption.
 TUNED_ONCE = (
     ("QUACK_CACHE_AUTOTUNING", "1"),

@@ -64,7 +64,7 @@ def test_the_host_enqueues_a_block_of_a_model_in_time(router: str) -> None:
     assert each[1] <= LIMIT_US, f"{router}: quartiles {each} us a block, {ROUNDS} rounds"
 
 
-@pytest.mark.xfail(reason="a lone backward pays for waking autograd's thread: docs/host_cost.md")
+@pytest.mark.xfail(reason="a pass of autograd for every block: docs/host_cost.md")
 @pytest.mark.parametrize("router", ["topk", "nearest"])
 def test_the_host_enqueues_a_lone_step_of_the_block_in_time(router: str) -> None:
     block = warm(router)

@@ -56,7 +56,7 @@ ACCUMULATED_RUNS = {
 }
 # What the fused operator serves: no auxiliary losses, experts a multiple of 64.
 FUSIBLE = {"model.num_experts": 64, "model.aux_loss_coeff": 0, "model.z_loss_coeff": 0}
-FUSED = HOPPER | FUSIBLE | {"model.fused_block": True}
+FUSED = HOPPER | FUSIBLE | {"model.fused_block": "always"}
 FUSED_RUNS = {
     "64 experts, torch": FUSIBLE,
     "64 experts, fused": FUSED,

@@ -60,7 +60,7 @@ def build(
     config = derive(config, type(config), load_balance_coeff=1e-3 if bias else None)
     if options.get("router") == "token_rounding":
         options = {"rounding_tile": TILE} | options
-    options |= {"backend": backend, "softmax_order": order, "fused_block": True}
+    options |= {"backend": backend, "softmax_order": order, "fused_block": "always"}
     built = to_sonic(config, **options).build()
     generator = torch.Generator().manual_seed(0)
     for parameter in built.parameters():

@@ -60,6 +60,26 @@ def test_warmup_and_a_rank_build_every_kernel_of_the_run(
 
 
 @pytest.mark.parametrize(
+    ("overrides", "fused"),
+    [
+        ((), False),
+        (("--training.seq_len=1024",), True),
+        (("--training.seq_len=1024", "--model.fused_block=never"), False),
+        (("--training.seq_len=1024", "--compile.enable"), False),
+        (("--model.fused_block=always",), True),
+    ],
+)
+def test_blocks_of_few_tokens_have_their_operator_ready(
+    overrides: tuple[str, ...], fused: bool
+) -> None:
+    plain = ("--training.local_batch_size=2", "--compile.no-enable", "--model.aux_loss_coeff=0")
+    plain += ("--model.z_loss_coeff=0",)
+    run = load_config(str(CONFIGS / "moe_7b.toml"), [*plain, *overrides])
+    stages = {spec.kernel for spec in run_kernels.run_specs(run)}
+    assert ("block_forward" in stages) == fused
+
+
+@pytest.mark.parametrize(
     ("overrides", "reason"),
     [
         (("--model.backend=torch",), 'model.backend = "torch"'),

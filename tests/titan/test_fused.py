@@ -237,7 +237,10 @@ ASIDE: dict[str, Callable[[SonicMoE, Tensor], Tensor]] = {
     ),
     "frozen weights": _with(lambda m: m.routed_experts.inner_experts.requires_grad_(False)),
     "float32": lambda module, x_BLD: module.float()(x_BLD.float()),
-    "nobody asked for it": _with(_set("fused_block", False)),
+    "nobody wants it": _with(_set("fused_block", "never")),
+    "many tokens": lambda module, x_BLD: _with(_set("fused_block", "auto"))(
+        module, x_BLD[:1, :1].expand(3, 700, -1).contiguous()
+    ),
     "no token": lambda module, x_BLD: module.eval()(x_BLD[:, :0]),
 }
 
@@ -246,6 +249,13 @@ ASIDE: dict[str, Callable[[SonicMoE, Tensor], Tensor]] = {
 def test_the_operator_stands_aside(calls, reason):
     ASIDE[reason](build(), tokens())
     assert calls == []
+
+
+def test_few_tokens_are_one_operator_without_asking(calls):
+    module = build()
+    module.fused_block = "auto"
+    module(tokens())
+    assert calls
 
 
 @pytest.mark.parametrize("change", [("ep_group", object()), ("_has_fixed_top_k", True)])
