@@ -73,6 +73,8 @@ VARIANTS = {
     "up": (RowTile(256, 4),),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True, zero_rows=True),
         RowTile(192, 5, "pingpong", epi_n=64),
         RowTile(256, 4, epi_n=64, epi_sets=2),
     ),
@@ -82,6 +84,8 @@ VARIANTS = {
     ),
     "d_input": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True, zero_rows=True),
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),

@@ -96,6 +96,19 @@ def row_kernel(
     return kernel_cache.load(row_gemm(kernel, d, f, num_experts, dtype, activation))
 
 
+_unit_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def unit_counter(device: torch.device) -> Tensor:
+    """The zero from which a launch on the current stream draws units; one after the other may."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)  # the graph's own, cleared by it
+    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if key not in _unit_counters:
+        _unit_counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _unit_counters[key]
+
+
 def up(
     x_TD: Tensor,
     token_idx_R: Tensor,
@@ -119,8 +132,10 @@ def down(
 ) -> None:
     """Kernel 2: writes Y = A W2^T."""
     num_experts, d, f = w2_EDF.shape
-    kernel = row_kernel("down", d, f, num_experts, w2_EDF.dtype, activation)
-    kernel(a_RF, expert_offsets, w2_EDF, y_RD, num_ctas(a_RF.device.index))
+    facts = ("down", d, f, num_experts, w2_EDF.dtype, activation)
+    counter = unit_counter(a_RF.device) if row_gemm(*facts).tile.dynamic else None
+    kernel = row_kernel(*facts)
+    kernel(a_RF, expert_offsets, w2_EDF, y_RD, counter, num_ctas(a_RF.device.index))
 
 
 def dscore_parts(w2_EDF: Tensor, activation: str) -> int:
@@ -170,8 +185,11 @@ def d_input_rows(
 ) -> None:
     """Kernel 6: writes dX~ = dH [W1; W3]."""
     num_experts, f, d = w1_EFD.shape
-    kernel = row_kernel("d_input", d, f, num_experts, w1_EFD.dtype, activation)
-    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, num_ctas(dh_RHF.device.index))
+    facts = ("d_input", d, f, num_experts, w1_EFD.dtype, activation)
+    counter = unit_counter(dh_RHF.device) if row_gemm(*facts).tile.dynamic else None
+    kernel = row_kernel(*facts)
+    ctas = num_ctas(dh_RHF.device.index)
+    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, counter, ctas)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ ELEMENT_BYTES = 2
 SHARED_MEMORY_LIMIT = 227 * 1024  # what one block may use on sm_90
 MAX_EXPERTS = 1024
 THREADS = 384  # one producer and two consumer warpgroups
+UNIT_SLOTS = 2  # turns whose units are drawn beforehand
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class RowTile:
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
+    dynamic: clusters take units as they become free (tickets.py) instead of every so many-th.
+    zero_rows: rows of A past an expert's end are zeros, not those of the next (A by TMA only).
     """
 
     tile_n: int
@@ -47,6 +50,8 @@ class RowTile:
     epi_n: int = 32
     epi_sets: int = 1
     load_sets: int = 0
+    dynamic: bool = False
+    zero_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class RowGemm:
         buffers = chunk * (self.store_buffers + self.load_buffers)
         tables = 8 * 2 * tile.stages + 8 * self.epilogue_barriers
         tables += 4 * (2 * (self.num_experts + 1) + THREADS // 32)
+        tables += (8 * 2 + 4) * UNIT_SLOTS * tile.dynamic
         return -(-tables // aligned) * aligned + tile.stages * stage + buffers
 
 
@@ -184,6 +190,10 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return f"a relayed epilogue takes chunks and load sets by {SLICES}: a buffer's slices"
     if tile.epi_sets < 1 or (gemm.epi_chunks * blocks) % tile.epi_sets:
         return f"epi_sets={tile.epi_sets} must divide the {gemm.epi_chunks * blocks} chunks"
+    if tile.dynamic and (tile.schedule != "pingpong" or gemm.gathers):
+        return "dynamic units are drawn by a warp that only ping-pong without gather can spare"
+    if tile.zero_rows and gemm.gathers:
+        return "zero_rows is for a ragged TMA map, which gathered rows have not"
     if gemm.loads and (tile.load_sets < 1 or (gemm.epi_chunks * blocks) % tile.load_sets):
         return f"load_sets={tile.load_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.stages < 2:

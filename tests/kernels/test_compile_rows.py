@@ -75,6 +75,11 @@ def test_counted_shared_memory_covers_every_schedule_of_dh(schedule):
     assert_shared_memory(RowGemm("d_hidden", *SIZES, "bfloat16", "swiglu", tile))
 
 
+def test_counted_shared_memory_covers_drawn_units():
+    tile = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True)
+    assert_shared_memory(RowGemm("down", *SIZES, "bfloat16", "swiglu", tile))
+
+
 def assert_shared_memory(gemm):
     kernel_cache.prepare_dsl()
     from sonicmoe_kernels.cute import build_rows

@@ -48,12 +48,13 @@ def arguments(gemm: RowGemm) -> tuple:
         vector(Float32, rows),
     )
     partial_shape, partial_stride = (gemm.n_tiles, rows), (cute.sym_int64(), 1)
+    counter = vector(Int32, 1) if gemm.tile.dynamic else None
     partials = make_fake_tensor(Float32, partial_shape, stride=partial_stride, assumed_align=4)
     return {
         "up": (x, index, offsets, w1, w3, h, a),
-        "down": (a, offsets, w2, y),
+        "down": (a, offsets, w2, y, counter),
         "d_hidden": (x, index, offsets, w2, score, h, dh, a, partials),
-        "d_input": (dh, offsets, w1, w3, y),
+        "d_input": (dh, offsets, w1, w3, y, counter),
     }[gemm.kernel]
 
 

@@ -28,6 +28,7 @@ class DInput(PlainStore):
         mW1_EFD: cute.Tensor,
         mW3_EFD: cute.Tensor | None,
         mDX_RD: cute.Tensor,
+        mCounter: cute.Tensor | None,
         num_ctas: Int32,
         stream: CUstream,
     ):
@@ -44,4 +45,5 @@ class DInput(PlainStore):
             self.plain_store_map(mDX_RD),
             num_ctas,
             stream,
+            mCounter,
         )

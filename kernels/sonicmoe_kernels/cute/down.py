@@ -27,6 +27,7 @@ class Down(PlainStore):
         mOffsets: cute.Tensor,
         mW2_EDF: cute.Tensor,
         mY_RD: cute.Tensor,
+        mCounter: cute.Tensor | None,
         num_ctas: Int32,
         stream: CUstream,
     ):
@@ -38,4 +39,5 @@ class Down(PlainStore):
             self.plain_store_map(mY_RD),
             num_ctas,
             stream,
+            mCounter,
         )

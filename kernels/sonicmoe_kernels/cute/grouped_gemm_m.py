@@ -4,8 +4,8 @@ Legend: R rows of all experts, E experts, M tile rows (128), N tile columns, K d
 (64), S stages. m = global, g = tile, s = shared, r = register (CuTe's grammar).
 
 A kernel is a subclass that says what A, B and the epilogue are: `up`, `down`, `d_hidden`,
-`d_input`. The schedule is in schedule.py, gathered A in gather.py, clipped stores in
-tma_ragged.py.
+`d_input`. The schedule is in schedule.py and, where units are drawn, in tickets.py;
+gathered A is in gather.py, clipping in tma_ragged.py.
 
 Warp roles, 384 threads a CTA, one CTA a multiprocessor, clusters of two:
 - warpgroup 0 produces: TMA for B (multicast when the cluster shares it) and for A, or cp.async by
@@ -28,8 +28,9 @@ from cutlass import Boolean, Float32, Int16, Int32, Int64, const_expr, pipeline
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp
 from cutlass.tensor_utils import LayoutEnum
 
-from sonicmoe_kernels.cute import gather, schedule
+from sonicmoe_kernels.cute import gather, schedule, tickets
 from sonicmoe_kernels.cute.main_loop import WARPGROUP, MainLoop
+from sonicmoe_kernels.cute.tma_ragged import expert_rows, ragged_view
 from sonicmoe_kernels.tiles import (
     CLUSTER,
     ELEMENT_BYTES,
@@ -42,6 +43,7 @@ from sonicmoe_kernels.tiles import (
 
 PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three roles share 504
 CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
+DRAWING_THREAD = 32
 FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
 FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
 MULTICAST_MASK = (1 << CLUSTER) - 1
@@ -78,6 +80,7 @@ class Walk(NamedTuple):
     rank: Int32
     cluster: Int32
     clusters: Int32
+    drawn: tickets.Tickets | None = None  # where units are handed out
 
 
 class OutputTile(NamedTuple):
@@ -166,6 +169,8 @@ class GroupedGemmM(MainLoop):
             offsets: cute.struct.MemRange[Int32, gemm.num_experts + 1]
             start: cute.struct.MemRange[Int32, gemm.num_experts + 1]
             warp_sums: cute.struct.MemRange[Int32, THREADS // 32]
+            unit_barriers: cute.struct.MemRange[Int64, 2 * tickets.SLOTS * tile.dynamic]
+            units: cute.struct.MemRange[Int32, tickets.SLOTS * tile.dynamic]
             a: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(self.a_layout)], 1024]
             b: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(self.b_smem_layout)], 1024]
             stores: cute.struct.Align[
@@ -196,7 +201,10 @@ class GroupedGemmM(MainLoop):
         return WeightMaps(*shared, *own)
 
     def contiguous_a(self, mA: cute.Tensor) -> TmaMap:
-        """TMA map of A (R_max, K). Rows past an expert's end are read, and clipped when stored."""
+        """TMA map of A (R_max, K). Rows past an expert's end are clipped when C is stored."""
+        if const_expr(self.tile.zero_rows):
+            columns = mA.shape[1]
+            mA = ragged_view(mA.iterator, (columns,), (1,), columns)
         one_stage = cute.slice_(self.a_layout, (None, None, 0))
         operation = cpasync.CopyBulkTensorTileG2SOp()
         return TmaMap(*cpasync.make_tiled_tma_atom(operation, mA, one_stage, (TILE_M, TILE_K)))
@@ -215,13 +223,14 @@ class GroupedGemmM(MainLoop):
         operation = cpasync.CopyBulkTensorTileG2SOp()
         return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, box))
 
-    def launch(self, mOffsets, a, weights, epilogue, num_ctas, stream):
-        """Launches num_ctas (even) persistent CTAs."""
+    def launch(self, mOffsets, a, weights, epilogue, num_ctas, stream, mCounter=None):
+        """Launches num_ctas (even) persistent CTAs. mCounter: (1,), zero; where units are drawn."""
         self.kernel(
             mOffsets,
             a,
             weights,
             epilogue,
+            mCounter,
             self.tiled_mma,
             self.chunk_mma,
             self.a_layout,
@@ -246,6 +255,7 @@ class GroupedGemmM(MainLoop):
         a: tuple,
         weights: tuple,
         epilogue: tuple,
+        mCounter: cute.Tensor | None,
         tiled_mma: cute.TiledMma,
         chunk_mma: cute.TiledMma,
         a_layout: cute.ComposedLayout,
@@ -263,10 +273,15 @@ class GroupedGemmM(MainLoop):
 
         stages = self.make_pipeline(storage)
         barriers = storage.epilogue_barriers.data_ptr()
+        drawn = None
+        if const_expr(self.tile.dynamic):
+            drawn = tickets.make_tickets(storage)
         if warp_index == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(gemm.epilogue_barriers):
                     cute.arch.mbarrier_init(barriers + i, self.barrier_arrivals(i))
+                if const_expr(self.tile.dynamic):
+                    tickets.init_barriers(drawn, CLUSTER * (1 + WARPGROUP // 32))
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
         table = cute.make_layout(gemm.num_experts + 1)
@@ -292,13 +307,15 @@ class GroupedGemmM(MainLoop):
         sSource = storage.b.get_tensor(source_layout.outer, swizzle=source_layout.inner)
         cluster = cute.arch.block_idx()[0] // CLUSTER
         clusters = cute.arch.grid_dim()[0] // CLUSTER
-        walk = Walk(sOffsets, sStart, rank, cluster, clusters)
+        walk = Walk(sOffsets, sStart, rank, cluster, clusters, drawn)
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if const_expr(not gemm.relayed):
                 if const_expr(gemm.gathers) or warp_index == 0:
                     self.produce(stages, walk, a, weights, sA, sSource)
+                if const_expr(self.tile.dynamic):
+                    self.draw_units(walk, mCounter, thread)
             else:
                 if warp_index < self.producer_warps:
                     self.produce(stages, walk, a, weights, sA, sSource)
@@ -349,6 +366,17 @@ class GroupedGemmM(MainLoop):
         )
 
     @cute.jit
+    def draw_units(self, walk, mCounter, thread):
+        """Hands out the cluster's units, in one thread of the producers' second warp."""
+        if walk.rank == 0 and thread == DRAWING_THREAD:
+            total = walk.sStart[self.gemm.num_experts]
+            tickets.hand_out(walk.drawn, mCounter, walk.cluster, walk.clusters, total)
+
+    def unit_of(self, walk: Walk, turn: Int32, unit: Int32) -> Int32:
+        """The unit of a turn: `unit`, unless they are drawn."""
+        return tickets.take(walk.drawn, turn) if self.tile.dynamic else unit
+
+    @cute.jit
     def locate(self, walk, unit: Int32, expert: Int32):
         """(expert, its first row, its rows, this CTA's tile) of a unit not before `expert`'s."""
         n_tiles, num_experts = self.gemm.n_tiles, self.gemm.num_experts
@@ -375,8 +403,8 @@ class GroupedGemmM(MainLoop):
             rows_per_pass = gather.rows_per_pass(self.producer_warps)
             rRows = cute.make_rmem_tensor(TILE_M // rows_per_pass, Int32)
             sA_linear = cute.recast_ptr(sA.iterator, dtype=self.dtype)  # without the swizzle
-        expert = Int32(0)
-        unit = walk.cluster
+        expert, turn = Int32(0), Int32(0)
+        unit = self.unit_of(walk, turn, walk.cluster)
         total = walk.sStart[gemm.num_experts]
         while unit < total:
             expert, first, length, at = self.locate(walk, unit, expert)
@@ -410,7 +438,7 @@ class GroupedGemmM(MainLoop):
                                 )
                         if const_expr(not gemm.gathers):
                             depth = k_source * (gemm.k // TILE_K) + k
-                            self.load_a(a, sA, row, depth, state.index, barrier)
+                            self.load_a(a, sA, first, length, row, depth, state.index, barrier)
                     if const_expr(gemm.gathers):
                         sTile = sA_linear + state.index * (TILE_M * TILE_K)
                         upper = TILE_M // 2 // rows_per_pass  # first pass of the upper 64
@@ -422,7 +450,8 @@ class GroupedGemmM(MainLoop):
                                 )
                         cute.arch.cp_async_mbarrier_arrive_noinc(stages.producer_get_barrier(state))
                     state.advance()
-            unit += walk.clusters
+            turn += 1
+            unit = self.unit_of(walk, turn, unit + walk.clusters)
 
     def partition_weight(self, maps: WeightMaps, sSource: cute.Tensor, rank: Int32) -> tuple:
         """(shared, global) of the multicast map, then of a CTA's own; global is (box, N, K, E)."""
@@ -437,9 +466,12 @@ class GroupedGemmM(MainLoop):
         )
 
     @cute.jit
-    def load_a(self, a, sA, row, k, stage, barrier):
-        """Loads A's tile from row `row` and k tile `k` on."""
-        rows = cute.domain_offset((row, 0), a.mTensor)
+    def load_a(self, a, sA, first, length, row, k, stage, barrier):
+        """Loads A's tile from row `row` (of the expert at `first`) and k tile `k` on."""
+        if const_expr(self.tile.zero_rows):
+            rows = expert_rows(a.mTensor, first, length, row - first)
+        else:
+            rows = cute.domain_offset((row, 0), a.mTensor)
         gA = cute.local_tile(rows, (TILE_M, TILE_K), (0, None))
         sBox, gBox = cpasync.tma_partition(
             a.atom, 0, cute.make_layout(1), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
@@ -458,13 +490,14 @@ class GroupedGemmM(MainLoop):
         rAcc = operands[1]
         registers = self.epilogue_registers()
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
-        expert = Int32(0)
+        expert, turn = Int32(0), Int32(0)
         unit = walk.cluster
-        step = walk.clusters
+        turns, step = 1, walk.clusters
         total = walk.sStart[gemm.num_experts]
         if const_expr(self.pingpong):
-            step = 2 * walk.clusters
+            turns, step = 2, 2 * walk.clusters  # the groups take turns
             if memory.group == 1:
+                turn += 1
                 unit += walk.clusters
                 for _ in cutlass.range(self.k_tiles, unroll=1):
                     read.advance()
@@ -472,6 +505,7 @@ class GroupedGemmM(MainLoop):
                 cute.arch.barrier_arrive(
                     barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP
                 )
+        unit = self.unit_of(walk, turn, unit)
         release = read.clone()
         tiles_done = Int32(0)
         while unit < total:
@@ -492,7 +526,8 @@ class GroupedGemmM(MainLoop):
                     stages.consumer_release(release)
                     release.advance()
                     read.advance()
-            unit += step
+            turn += turns
+            unit = self.unit_of(walk, turn, unit + step)
             if const_expr(self.pingpong):
                 for _k in cutlass.range(self.k_tiles, unroll=1):
                     read.advance()
