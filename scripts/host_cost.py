@@ -185,8 +185,8 @@ def counted(subject: host_block.Subject) -> dict[str, int]:
     ours.clear()
     sys.setprofile(watch)
     out = subject.forward()
-    sys.setprofile(None)
-    out.register_hook(lambda gradient: sys.setprofile(watch))  # runs in autograd's own thread
+    sys.setprofile(None)  # until the block's backward: what starts a pass is no block's
+    out.register_hook(lambda gradient: sys.setprofile(watch))
     subject.backward(out)
     watching = False
     asked = dry_gpu.counts().since(before)
@@ -194,7 +194,7 @@ def counted(subject: host_block.Subject) -> dict[str, int]:
 
 
 def profile(subject: host_block.Subject) -> None:
-    """Python's own view; the backward pass of a CUDA tensor runs in a thread that it cannot see."""
+    """Python's own view."""
     warm_up(subject)
     profiler = cProfile.Profile()
     profiler.enable()

@@ -18,6 +18,12 @@ from sonicmoe_titan.model_args import ModelArgs
 T, D, F, E, K = 1024, 1536, 256, 128, 8  # the 7B model's layer, few tokens
 
 
+def backward(out: Tensor, wanted: list[Tensor], dout: Tensor) -> None:
+    """A backward pass in the thread that calls, as the trainer runs it."""
+    with torch.autograd.set_multithreading_enabled(False):
+        torch.autograd.grad(out, wanted, dout)
+
+
 class Subject(Protocol):
     """What is timed: the host enqueues a forward pass, then a backward pass."""
 
@@ -53,8 +59,7 @@ class HostExperts:
 
     def backward(self, out: Tensor) -> None:
         weights = (weight for layer in self.layers for weight in layer)
-        wanted = [self.x_TD, *weights, self.plan.score_R]
-        torch.autograd.grad(out, wanted, self.dout_TD)
+        backward(out, [self.x_TD, *weights, self.plan.score_R], self.dout_TD)
 
 
 class HostBlocks:
@@ -94,5 +99,4 @@ class HostBlocks:
         return out_BLD
 
     def backward(self, out: Tensor) -> None:
-        with torch.autograd.set_multithreading_enabled(False):  # as the trainer runs it
-            torch.autograd.grad(out, self.wanted, self.dout_BLD)
+        backward(out, self.wanted, self.dout_BLD)
