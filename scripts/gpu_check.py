@@ -70,7 +70,7 @@ WEIGHT_TILES = (
     WeightTile(192, 4, 2),
 )
 VARIANTS = {
-    "up": (RowTile(256, 4),),
+    "up": (RowTile(256, 4), RowTile(256, 4, dynamic=True)),
     "down": (
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
         RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),

@@ -93,19 +93,23 @@ def row_kernel(
     kernel: RowKernel, d: int, f: int, num_experts: int, dtype: torch.dtype, activation: str
 ) -> Callable[..., None]:
     """The loaded kernel that serves these sizes; one look-up a launch."""
-    return kernel_cache.load(row_gemm(kernel, d, f, num_experts, dtype, activation))
+    gemm = row_gemm(kernel, d, f, num_experts, dtype, activation)
+    loaded = kernel_cache.load(gemm)
+    if gemm.tile.dynamic:
+        return lambda *operands: loaded(unit_counter(), *operands)
+    return loaded if kernel == "d_hidden" else functools.partial(loaded, None)
 
 
 _unit_counters: dict[tuple[int, int], Tensor] = {}
 
 
-def unit_counter(device: torch.device) -> Tensor:
-    """The zero from which a launch on the current stream draws units; one after the other may."""
+def unit_counter() -> Tensor:
+    """The zero from which launches on the current stream, one after the other, draw units."""
     if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)  # the graph's own, cleared by it
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+        return torch.zeros(1, dtype=torch.int32, device="cuda")  # the graph's own, cleared by it
+    key = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
     if key not in _unit_counters:
-        _unit_counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        _unit_counters[key] = torch.zeros(1, dtype=torch.int32, device="cuda")
     return _unit_counters[key]
 
 
@@ -132,10 +136,8 @@ def down(
 ) -> None:
     """Kernel 2: writes Y = A W2^T."""
     num_experts, d, f = w2_EDF.shape
-    facts = ("down", d, f, num_experts, w2_EDF.dtype, activation)
-    counter = unit_counter(a_RF.device) if row_gemm(*facts).tile.dynamic else None
-    kernel = row_kernel(*facts)
-    kernel(a_RF, expert_offsets, w2_EDF, y_RD, counter, num_ctas(a_RF.device.index))
+    kernel = row_kernel("down", d, f, num_experts, w2_EDF.dtype, activation)
+    kernel(a_RF, expert_offsets, w2_EDF, y_RD, num_ctas(a_RF.device.index))
 
 
 def dscore_parts(w2_EDF: Tensor, activation: str) -> int:
@@ -185,11 +187,8 @@ def d_input_rows(
 ) -> None:
     """Kernel 6: writes dX~ = dH [W1; W3]."""
     num_experts, f, d = w1_EFD.shape
-    facts = ("d_input", d, f, num_experts, w1_EFD.dtype, activation)
-    counter = unit_counter(dh_RHF.device) if row_gemm(*facts).tile.dynamic else None
-    kernel = row_kernel(*facts)
-    ctas = num_ctas(dh_RHF.device.index)
-    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, counter, ctas)
+    kernel = row_kernel("d_input", d, f, num_experts, w1_EFD.dtype, activation)
+    kernel(dh_RHF, expert_offsets, w1_EFD, w3_EFD, dx_RD, num_ctas(dh_RHF.device.index))
 
 
 @functools.cache

@@ -64,9 +64,9 @@ def test_a_loaded_kernel_refuses_other_arguments_before_it_touches_a_gpu(cache):
     rows = torch.zeros(5, 64, dtype=torch.bfloat16)
     weight = torch.zeros(2, 64, 64, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="Expects 6 parameters"):
-        kernel(rows, offsets, weight)
+        kernel(None, rows, offsets, weight)
     with pytest.raises(ValueError, match="device_type=cuda"):
-        kernel(rows, offsets, weight, rows, None, 2)
+        kernel(None, rows, offsets, weight, rows, 2)
 
 
 def replace(path, content):

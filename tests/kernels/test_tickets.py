@@ -13,8 +13,7 @@ from sonicmoe_kernels.tiles import CLUSTER
 from tests.kernels.symbols import rebind
 from tests.kernels.warps import Agent, Barrier, Warps
 
-CONSUMER_WARPS = 4  # of each of two warpgroups
-READERS = CLUSTER * (1 + CONSUMER_WARPS)
+WARPGROUPS, WARPS = 2, 4  # that multiply, and warps of each
 
 
 class Counter:
@@ -44,17 +43,20 @@ class Slots:
 class Clusters(Warps):
     """Clusters of two CTAs that share a counter, one launch after the other."""
 
-    def __init__(self, seed, *, readers=READERS, turns_to_end=tickets.TURNS_TO_END):
+    def __init__(self, seed, *, pingpong, missing=0, ends=True):
+        """missing: readers that `empty` does not count. ends: whether the end is told twice."""
         super().__init__(seed)
         self.counter = Counter()
-        self.readers = readers
+        self.step = WARPGROUPS if pingpong else 1
+        self.readers = CLUSTER * (1 + WARPS * WARPGROUPS // self.step) - missing
+        self.ends = ends
         arch = SimpleNamespace(
             mbarrier_init=self.init_barrier,
             mbarrier_wait=self.wait,
             mbarrier_arrive=self.arrive_at,
             mbarrier_arrive_and_expect_tx=self.expect_at,
             store_async_dsmem=self.store,
-            atomic_add=self.draw,
+            atomic_add=self.add_one,
             sync_warp=lambda: None,
             elect_one=self.elect_one,
         )
@@ -62,42 +64,54 @@ class Clusters(Warps):
             "cute": SimpleNamespace(arch=arch),
             "cutlass": SimpleNamespace(range_constexpr=range),
             "Int32": int,
-            "TURNS_TO_END": turns_to_end,
         }
         self.init_barriers = rebind(tickets.init_barriers, fakes)
-        self.hand_out = rebind(tickets.hand_out.__wrapped__, fakes)
         self.take = rebind(tickets.take.__wrapped__, fakes)
+        self.publish = rebind(tickets.publish.__wrapped__, fakes)
+        self.draw = rebind(tickets.draw.__wrapped__, fakes | {"publish": self.publish})
 
     def launch(self, clusters, total):
         """What every (CTA, role) worked on, in order."""
         self.agents, self.events, self.barriers, self.units = [], [], {}, {}
         self.seen = {}
-        slots = tickets.Tickets(Slots(self), 0, tickets.SLOTS)
+        drawn = tickets.Tickets(self.counter, Slots(self), 0, tickets.SLOTS)
         for cta in range(CLUSTER * clusters):
             self.agent = SimpleNamespace(cta=cta)
-            self.init_barriers(slots, self.readers)
-            self.add(cta, "producer", partial(self.work, slots, 0, 1, total))
-            for group in range(2):
-                for warp in range(CONSUMER_WARPS):
-                    name = f"consumer {group} {warp}"
-                    self.add(cta, name, partial(self.work, slots, group, 2, total))
-        for cluster in range(clusters):
-            arguments = (slots, self.counter, cluster, clusters, total)
-            self.add(CLUSTER * cluster, "drawer", partial(self.hand_out, *arguments))
+            self.init_barriers(drawn, self.readers)
+            work = (drawn, cta // CLUSTER, clusters, total)
+            self.add(cta, "producer", partial(self.produce, *work))
+            for group in range(WARPGROUPS):
+                for warp in range(WARPS):
+                    body = partial(self.consume, *work, group if self.step > 1 else 0)
+                    self.add(cta, f"consumer {group} {warp}", body)
         self.play()
         return self.seen
 
     def add(self, cta, name, body):
         self.agents.append(Agent(cta, name, 1, 0, body))
 
-    def work(self, slots, turn, step, total):
-        agent = self.agent
+    def produce(self, drawn, cluster, clusters, total):
+        """As GroupedGemmM.produce takes its units."""
+        agent, turn, unit = self.agent, 0, cluster
+        draws = agent.cta % CLUSTER == 0
         seen = self.seen.setdefault((agent.cta, agent.name), [])
-        unit = self.take(slots, turn)
+        while unit < total:
+            if draws:
+                self.draw(drawn, turn + 1, clusters, total)
+            seen.append(unit)
+            turn += 1
+            unit = self.take(drawn, turn)
+        if self.step > 1 and draws and self.ends:
+            self.publish(drawn, turn + 1, total)
+
+    def consume(self, drawn, cluster, _clusters, total, turn):
+        """As GroupedGemmM.consume does."""
+        agent, unit = self.agent, cluster if turn == 0 else self.take(drawn, turn)
+        seen = self.seen.setdefault((agent.cta, agent.name), [])
         while unit < total:
             seen.append(unit)
-            turn += step
-            unit = self.take(slots, turn)
+            turn += self.step
+            unit = self.take(drawn, turn)
 
     def init_barrier(self, pointer, count):
         self.barriers[self.agent.cta, pointer] = Barrier(count)
@@ -125,7 +139,7 @@ class Clusters(Warps):
         self.events.append(arrive)
         self.pause()
 
-    def draw(self, _place, number, **_):
+    def add_one(self, _place, number, **_):
         drawn = self.counter.value
         self.counter.value += number
         self.pause()
@@ -142,28 +156,30 @@ def check(machine, clusters, total):
         units += order
         for cta in (CLUSTER * cluster, CLUSTER * cluster + 1):
             assert seen[cta, "producer"] == order
-            for group in range(2):
-                for warp in range(CONSUMER_WARPS):
-                    assert seen[cta, f"consumer {group} {warp}"] == order[group::2]
+            for group in range(WARPGROUPS):
+                own = order[group::WARPGROUPS] if machine.step > 1 else order
+                for warp in range(WARPS):
+                    assert seen[cta, f"consumer {group} {warp}"] == own
     assert sorted(units) == list(range(total))
     assert machine.counter.value == 0
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_every_unit_is_worked_on_once_launch_after_launch(seed):
+@pytest.mark.parametrize("pingpong", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_every_unit_is_worked_on_once_launch_after_launch(seed, pingpong):
     draw = random.Random(seed)
     clusters = draw.choice((1, 2, 3))
-    machine = Clusters(seed)
+    machine = Clusters(seed, pingpong=pingpong)
     for _ in range(3):
-        check(machine, clusters, draw.choice((0, 1, 2, 3, 5, 8, 17)))
+        check(machine, clusters, draw.choice((0, 1, 2, 3, 5, 8, 17, 29)))
 
 
 def test_the_machine_notices_a_slot_that_is_given_back_too_soon():
     with pytest.raises(AssertionError):
         for seed in range(20):
-            check(Clusters(seed, readers=READERS - 1), 2, 9)
+            check(Clusters(seed, pingpong=False, missing=1), 2, 29)
 
 
 def test_the_machine_notices_a_warpgroup_that_never_learns_of_the_end():
     with pytest.raises(AssertionError, match="deadlock"):
-        check(Clusters(0, turns_to_end=1), 2, 5)
+        check(Clusters(0, pingpong=True, ends=False), 2, 5)

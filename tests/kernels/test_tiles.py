@@ -50,7 +50,10 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
         ({"tile": RowTile(256, 3, epi_sets=3)}, "epi_sets=3"),
         ({"tile": RowTile(256, 5)}, "shared memory"),
         ({"tile": RowTile(256, 1)}, "two stages"),
-        ({"tile": RowTile(256, 4, dynamic=True)}, "only ping-pong without gather"),
+        (
+            {"kernel": "d_hidden", "tile": RowTile(256, 3, load_sets=2, dynamic=True)},
+            "for up, down",
+        ),
         ({"tile": RowTile(256, 4, zero_rows=True)}, "which gathered rows have not"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3)}, "load_sets=0"),
         ({"tile": RowTile(256, 3, "relayed")}, "d_hidden only"),

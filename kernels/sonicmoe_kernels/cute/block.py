@@ -216,8 +216,10 @@ class Forward(Stage):
         mA_RF = scratch.part("a", BFloat16, (rows, self.layer.f))
         mY_RD = scratch.part("y", BFloat16, (rows, self.layer.d))
         mH_RHF = self.h(kept, rows)
-        self.up(mX_TD, mTokenIdx_R, mOffsets, mW1_EFD, mW3_EFD, mH_RHF, mA_RF, num_ctas, stream)
-        self.down(mA_RF, mOffsets, mW2_EDF, mY_RD, None, num_ctas, stream)
+        self.up(
+            None, mX_TD, mTokenIdx_R, mOffsets, mW1_EFD, mW3_EFD, mH_RHF, mA_RF, num_ctas, stream
+        )
+        self.down(None, mA_RF, mOffsets, mW2_EDF, mY_RD, num_ctas, stream)
         offsets = mTokenOffsets if const_expr(self.layer.rows_per_token is None) else None
         mOut_TD = self.flat(mOut_BLD)
         self.aggregate(mY_RD, mTokenRows_R, offsets, mScore_R, None, mOut_TD, stream)
@@ -336,14 +338,14 @@ class Gradients(Stage):
         mGate = cute.make_tensor(mGate_ED.iterator, one)
         mHalves = scratch.part("halves", BFloat16, (tokens, 2, E))
         mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2))
-        self.gate_input(mHalves, mSpan, mGate, mGate, mDX_TD, None, num_ctas, stream)
+        self.gate_input(None, mHalves, mSpan, mGate, mGate, mDX_TD, num_ctas, stream)
         if const_expr(mDGate_ED is not None):
             mDGate = cute.make_tensor(mDGate_ED.iterator, one)
             mHalves = scratch.part("halves", BFloat16, (2 * tokens, 1, E))
             mSpan = cute.make_tensor(mGateSpans.iterator, cute.make_layout(2, stride=2))
             self.gate_weight(mX_TD, mGateRows, mSpan, mHalves, mDGate, None, num_ctas, stream)
         mDX_RD = scratch.part("rows", BFloat16, (rows, d))
-        self.d_input(mH_RHF, mOffsets, mW1_EFD, mW3_EFD, mDX_RD, None, num_ctas, stream)
+        self.d_input(None, mH_RHF, mOffsets, mW1_EFD, mW3_EFD, mDX_RD, num_ctas, stream)
         offsets = None
         if const_expr(self.layer.rows_per_token is None):
             offsets = plan.mTokenOffsets

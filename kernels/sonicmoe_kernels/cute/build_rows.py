@@ -51,10 +51,10 @@ def arguments(gemm: RowGemm) -> tuple:
     counter = vector(Int32, 1) if gemm.tile.dynamic else None
     partials = make_fake_tensor(Float32, partial_shape, stride=partial_stride, assumed_align=4)
     return {
-        "up": (x, index, offsets, w1, w3, h, a),
-        "down": (a, offsets, w2, y, counter),
+        "up": (counter, x, index, offsets, w1, w3, h, a),
+        "down": (counter, a, offsets, w2, y),
         "d_hidden": (x, index, offsets, w2, score, h, dh, a, partials),
-        "d_input": (dh, offsets, w1, w3, y, counter),
+        "d_input": (counter, dh, offsets, w1, w3, y),
     }[gemm.kernel]
 
 

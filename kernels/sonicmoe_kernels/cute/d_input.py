@@ -23,12 +23,12 @@ class DInput(PlainStore):
     @cute.jit
     def __call__(
         self,
+        mCounter: cute.Tensor | None,
         mDH_RHF: cute.Tensor,
         mOffsets: cute.Tensor,
         mW1_EFD: cute.Tensor,
         mW3_EFD: cute.Tensor | None,
         mDX_RD: cute.Tensor,
-        mCounter: cute.Tensor | None,
         num_ctas: Int32,
         stream: CUstream,
     ):

@@ -23,11 +23,11 @@ class Down(PlainStore):
     @cute.jit
     def __call__(
         self,
+        mCounter: cute.Tensor | None,
         mA_RF: cute.Tensor,
         mOffsets: cute.Tensor,
         mW2_EDF: cute.Tensor,
         mY_RD: cute.Tensor,
-        mCounter: cute.Tensor | None,
         num_ctas: Int32,
         stream: CUstream,
     ):

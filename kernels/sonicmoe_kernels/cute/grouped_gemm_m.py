@@ -43,7 +43,6 @@ from sonicmoe_kernels.tiles import (
 
 PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three roles share 504
 CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
-DRAWING_THREAD = 32
 FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
 FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
 MULTICAST_MASK = (1 << CLUSTER) - 1
@@ -118,6 +117,7 @@ class GroupedGemmM(MainLoop):
         self.b_layout = LayoutEnum.COL_MAJOR if weights_are_n_major else LayoutEnum.ROW_MAJOR
         kind = "gathered" if gemm.gathers else "tma"
         self.producer_warps = WARPGROUP // 32 if gemm.gathers else 1
+        self.consumer_warps = 4 if self.pingpong else 8  # that take part in a tile
         self.producer_registers = PRODUCER_REGISTERS[kind]
         self.consumer_registers = CONSUMER_REGISTERS[kind]
 
@@ -275,13 +275,14 @@ class GroupedGemmM(MainLoop):
         barriers = storage.epilogue_barriers.data_ptr()
         drawn = None
         if const_expr(self.tile.dynamic):
-            drawn = tickets.make_tickets(storage)
+            drawn = tickets.make_tickets(mCounter, storage)
         if warp_index == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(gemm.epilogue_barriers):
                     cute.arch.mbarrier_init(barriers + i, self.barrier_arrivals(i))
                 if const_expr(self.tile.dynamic):
-                    tickets.init_barriers(drawn, CLUSTER * (1 + WARPGROUP // 32))
+                    warps = self.producer_warps + self.consumer_warps
+                    tickets.init_barriers(drawn, CLUSTER * warps)
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
         table = cute.make_layout(gemm.num_experts + 1)
@@ -314,8 +315,6 @@ class GroupedGemmM(MainLoop):
             if const_expr(not gemm.relayed):
                 if const_expr(gemm.gathers) or warp_index == 0:
                     self.produce(stages, walk, a, weights, sA, sSource)
-                if const_expr(self.tile.dynamic):
-                    self.draw_units(walk, mCounter, thread)
             else:
                 if warp_index < self.producer_warps:
                     self.produce(stages, walk, a, weights, sA, sSource)
@@ -353,28 +352,32 @@ class GroupedGemmM(MainLoop):
         gathers = self.gemm.gathers
         threads = pipeline.Agent.Thread
         producers = 1 + 32 * self.producer_warps if gathers else 1
-        consumer_warps = 4 if self.pingpong else 8
         rows_by_tma = self.tile.tile_n + (0 if gathers else TILE_M)
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.stage_barriers.data_ptr(),
             num_stages=self.tile.stages,
             producer_group=pipeline.CooperativeGroup(threads, producers),
-            consumer_group=pipeline.CooperativeGroup(threads, consumer_warps * CLUSTER),
+            consumer_group=pipeline.CooperativeGroup(threads, self.consumer_warps * CLUSTER),
             tx_count=rows_by_tma * TILE_K * ELEMENT_BYTES,
             cta_layout_vmnk=cute.make_layout((1, CLUSTER, 1, 1)),
             defer_sync=True,
         )
 
-    @cute.jit
-    def draw_units(self, walk, mCounter, thread):
-        """Hands out the cluster's units, in one thread of the producers' second warp."""
-        if walk.rank == 0 and thread == DRAWING_THREAD:
-            total = walk.sStart[self.gemm.num_experts]
-            tickets.hand_out(walk.drawn, mCounter, walk.cluster, walk.clusters, total)
-
     def unit_of(self, walk: Walk, turn: Int32, unit: Int32) -> Int32:
-        """The unit of a turn: `unit`, unless they are drawn."""
+        """The unit of a turn after the first: `unit`, unless they are drawn."""
         return tickets.take(walk.drawn, turn) if self.tile.dynamic else unit
+
+    @cute.jit
+    def draw_unit(self, walk, turn, total, thread):
+        """Draws the unit of a turn, in one thread of the cluster."""
+        if walk.rank == 0 and thread == 0:
+            tickets.draw(walk.drawn, turn, walk.clusters, total)
+
+    @cute.jit
+    def end_turn(self, walk, turn, total, thread):
+        """Tells the warpgroup that would take a turn behind the last that there is none."""
+        if walk.rank == 0 and thread == 0:
+            tickets.publish(walk.drawn, turn, total)
 
     @cute.jit
     def locate(self, walk, unit: Int32, expert: Int32):
@@ -404,9 +407,11 @@ class GroupedGemmM(MainLoop):
             rRows = cute.make_rmem_tensor(TILE_M // rows_per_pass, Int32)
             sA_linear = cute.recast_ptr(sA.iterator, dtype=self.dtype)  # without the swizzle
         expert, turn = Int32(0), Int32(0)
-        unit = self.unit_of(walk, turn, walk.cluster)
+        unit = walk.cluster
         total = walk.sStart[gemm.num_experts]
         while unit < total:
+            if const_expr(self.tile.dynamic):
+                self.draw_unit(walk, turn + 1, total, thread)
             expert, first, length, at = self.locate(walk, unit, expert)
             row, end = first + at.m * TILE_M, first + length
             if const_expr(gemm.gathers):
@@ -452,6 +457,8 @@ class GroupedGemmM(MainLoop):
                     state.advance()
             turn += 1
             unit = self.unit_of(walk, turn, unit + walk.clusters)
+        if const_expr(self.tile.dynamic and self.pingpong):
+            self.end_turn(walk, turn + 1, total, thread)
 
     def partition_weight(self, maps: WeightMaps, sSource: cute.Tensor, rank: Int32) -> tuple:
         """(shared, global) of the multicast map, then of a CTA's own; global is (box, N, K, E)."""
@@ -498,14 +505,13 @@ class GroupedGemmM(MainLoop):
             turns, step = 2, 2 * walk.clusters  # the groups take turns
             if memory.group == 1:
                 turn += 1
-                unit += walk.clusters
+                unit = self.unit_of(walk, turn, unit + walk.clusters)
                 for _ in cutlass.range(self.k_tiles, unroll=1):
                     read.advance()
                 # Group 0 goes first.
                 cute.arch.barrier_arrive(
                     barrier_id=FIRST_ORDER_BARRIER, number_of_threads=2 * WARPGROUP
                 )
-        unit = self.unit_of(walk, turn, unit)
         release = read.clone()
         tiles_done = Int32(0)
         while unit < total:

@@ -3,11 +3,11 @@
 Legend: unit: what a cluster computes at once (schedule.py). turn: a unit's place in the order of a
 cluster's work. slot: where the units of every SLOTS-th turn lie in shared memory.
 
-One thread of a cluster draws a unit for each turn from a counter in global memory and puts it into
-the turn's slot of both CTAs. Everybody who works on that turn waits for it (`full`), reads it and
-says so (`empty`, of CTA 0). Turn i is drawn when turn i - SLOTS has begun. The first unit of a
-cluster is its own number, without drawing; a unit beyond the last ends the work, and stands in the
-slots of two turns, because warpgroups take turns.
+The first unit of a cluster is its own number. When its producer begins a turn, one thread of CTA 0
+draws the next turn's unit from a counter in global memory and puts it into the slot of both CTAs:
+the stages in flight hide how long that takes. Every warp that works on the next turn waits for it
+(`full`), reads it and says so (`empty`, of CTA 0). A unit beyond the last ends the work; where two
+warpgroups take turns, it is published for the turn behind as well.
 
 A launch leaves the counter as it found it, at zero: every cluster with work draws until it gets a
 unit that is not there, so exactly as many numbers are drawn as there are units. Two launches at
@@ -24,60 +24,58 @@ from sonicmoe_kernels.tiles import CLUSTER
 from sonicmoe_kernels.tiles import UNIT_SLOTS as SLOTS
 
 UNIT_BYTES = 4
-TURNS_TO_END = 2
 
 
 class Tickets(NamedTuple):
-    """A CTA's slots, and their barriers."""
+    """The counter, a CTA's slots and their barriers."""
 
+    mCounter: cute.Tensor  # (1,)
     sUnits: cute.Tensor  # (SLOTS,)
     full: cute.Pointer  # SLOTS barriers of one arrival: the unit is there
     empty: cute.Pointer  # SLOTS barriers, CTA 0's count: all who need the unit have read it
 
 
-def make_tickets(storage) -> Tickets:
+def make_tickets(mCounter: cute.Tensor, storage) -> Tickets:
     """The tickets in a kernel's shared memory."""
     barriers = storage.unit_barriers.data_ptr()
     sUnits = storage.units.get_tensor(cute.make_layout(SLOTS))
-    return Tickets(sUnits, barriers, barriers + SLOTS)
+    return Tickets(mCounter, sUnits, barriers, barriers + SLOTS)
 
 
 def init_barriers(tickets: Tickets, readers: int):
-    """By one thread; `readers` warps of the cluster read every unit."""
+    """By one thread; `readers` warps of the cluster take every turn's unit."""
     for slot in range(SLOTS):
         cute.arch.mbarrier_init(tickets.full + slot, 1)
         cute.arch.mbarrier_init(tickets.empty + slot, readers)
 
 
 @cute.jit
-def hand_out(
-    tickets: Tickets, mCounter: cute.Tensor, cluster: Int32, clusters: Int32, total: Int32
-):
-    """Draws and publishes the units of all turns; by one thread of CTA 0."""
-    unit, turn, to_end = cluster, Int32(0), Int32(TURNS_TO_END)
-    while to_end > 0:
-        slot = turn % SLOTS
-        cute.arch.mbarrier_wait(tickets.empty + slot, (turn // SLOTS + 1) % 2)
-        if turn > 0 and unit < total:
-            drawn = cute.arch.atomic_add(mCounter.iterator, Int32(1), sem="relaxed", scope="gpu")
-            if drawn == total - 1:
-                mCounter[0] = Int32(0)
-            unit = clusters + drawn
-        for rank in cutlass.range_constexpr(CLUSTER):
-            cute.arch.mbarrier_arrive_and_expect_tx(tickets.full + slot, UNIT_BYTES, rank)
-            cute.arch.store_async_dsmem(
-                tickets.sUnits.iterator + slot, unit, tickets.full + slot, rank
-            )
-        if unit >= total:
-            to_end -= 1
-        turn += 1
+def draw(tickets: Tickets, turn: Int32, clusters: Int32, total: Int32):
+    """Draws one of `total` units for a turn after the first; by one thread of CTA 0."""
+    counter = tickets.mCounter.iterator
+    number = cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
+    if number == total - 1:
+        tickets.mCounter[0] = Int32(0)
+    publish(tickets, turn, clusters + number)
+
+
+@cute.jit
+def publish(tickets: Tickets, turn: Int32, unit: Int32):
+    """Puts a turn's unit into its slot of both CTAs; by one thread of CTA 0."""
+    use = turn - 1
+    slot = use % SLOTS
+    cute.arch.mbarrier_wait(tickets.empty + slot, (use // SLOTS + 1) % 2)
+    for rank in cutlass.range_constexpr(CLUSTER):
+        cute.arch.mbarrier_arrive_and_expect_tx(tickets.full + slot, UNIT_BYTES, rank)
+        cute.arch.store_async_dsmem(tickets.sUnits.iterator + slot, unit, tickets.full + slot, rank)
 
 
 @cute.jit
 def take(tickets: Tickets, turn: Int32) -> Int32:
-    """The unit of a turn; all threads of a warp call it."""
-    slot = turn % SLOTS
-    cute.arch.mbarrier_wait(tickets.full + slot, turn // SLOTS % 2)
+    """The unit of a turn after the first; all threads of a warp call it."""
+    use = turn - 1
+    slot = use % SLOTS
+    cute.arch.mbarrier_wait(tickets.full + slot, use // SLOTS % 2)
     unit = tickets.sUnits[slot]
     cute.arch.sync_warp()
     with cute.arch.elect_one():

@@ -36,6 +36,7 @@ class Up(GroupedGemmM):
     @cute.jit
     def __call__(
         self,
+        mCounter: cute.Tensor | None,
         mX_TD: cute.Tensor,
         mIndex_R: cute.Tensor,
         mOffsets: cute.Tensor,
@@ -55,7 +56,8 @@ class Up(GroupedGemmM):
             self.store_map(ragged_view(mH_RHF.iterator, (f, halves), (1, f), halves * f)),
             self.store_map(ragged_view(mA_RF.iterator, (f,), (1,), f)),
         )
-        self.launch(mOffsets, Gathered(mX_TD, mIndex_R), weights, stores, num_ctas, stream)
+        gathered = Gathered(mX_TD, mIndex_R)
+        self.launch(mOffsets, gathered, weights, stores, num_ctas, stream, mCounter)
 
     @cute.jit
     def run_epilogue(self, epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done):
