@@ -69,12 +69,15 @@ WEIGHT_TILES = (
     WeightTile(256, 4, 1),
     WeightTile(192, 4, 2),
 )
+PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
+DYNAMIC = dataclasses.replace(PINGPONG, dynamic=True)
+DYNAMIC_ZERO = dataclasses.replace(DYNAMIC, zero_rows=True)
 VARIANTS = {
     "up": (RowTile(256, 4), RowTile(256, 4, dynamic=True)),
     "down": (
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True, zero_rows=True),
+        PINGPONG,
+        DYNAMIC,
+        DYNAMIC_ZERO,
         RowTile(192, 5, "pingpong", epi_n=64),
         RowTile(256, 4, epi_n=64, epi_sets=2),
     ),
@@ -83,9 +86,9 @@ VARIANTS = {
         RowTile(256, 3, "relayed", load_sets=4),
     ),
     "d_input": (
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True, zero_rows=True),
+        PINGPONG,
+        DYNAMIC,
+        DYNAMIC_ZERO,
         RowTile(256, 4, epi_n=64, epi_sets=2),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),

@@ -19,12 +19,18 @@ from sonicmoe_kernels.tiles import TopKOptions
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from sonicmoe_titan import model_args
 from sonicmoe_titan.stats import first_pass
 
 if TYPE_CHECKING:
     from sonicmoe_titan.moe import SonicMoE
 
 NOTHING, CHOICES, EVERYTHING = 0, 1, 2  # what a pass adds to the statistics
+
+
+def is_wanted(option: model_args.FusedBlock, num_tokens: int) -> bool:
+    """Whether `model.fused_block` asks for the operator in passes of so many tokens."""
+    return option == "always" or (option == "auto" and num_tokens <= FEW_TOKENS)
 
 
 def routed_output(
@@ -38,12 +44,10 @@ def routed_output(
         kinds: the classes for which the operator stands in: of router, gate, routed experts and
             their weights.
     """
-    if moe.fused_block == "never":
-        return None
     if somebody_watches() or torch._C._len_torch_function_stack() > 0:
         return None
     shape = x_BLD.shape  # not sooner: a tracer would compile again for another
-    if moe.fused_block == "auto" and shape[:-1].numel() > FEW_TOKENS:
+    if not is_wanted(moe.fused_block, shape[:-1].numel()):
         return None
     if torch.is_autocast_enabled("cuda"):
         return None

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from sonicmoe_kernels.backends import HOPPER_MULTIPLE, resolve_backend
-from sonicmoe_kernels.block import FEW_TOKENS
 from sonicmoe_kernels.compile import KernelSpec
 from sonicmoe_kernels.kernel_lists import block_specs, plan_specs, specs, topk_specs
 from sonicmoe_kernels.parallel_build import make_ready
 from sonicmoe_kernels.tiles import TopKOptions
 
+from sonicmoe_titan.fused import is_wanted
 from sonicmoe_titan.model_args import ModelArgs
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def _fuses_blocks(config: SonicTrainer.Config) -> bool:
     """Whether eager blocks of this run may be one operator, see `fused`."""
     model, p = config.model, config.parallelism
     pass_tokens = config.training.local_batch_size * config.training.seq_len
-    few = pass_tokens // p.context_parallel_degree <= FEW_TOKENS
-    if model.fused_block == "never" or (model.fused_block == "auto" and not few):
+    if not is_wanted(model.fused_block, pass_tokens // p.context_parallel_degree):
         return False
     if config.compile.enable and "model" in config.compile.components:
         return False

@@ -87,11 +87,9 @@ class Stage:
 
     def pick_rows(self, kernel: str):
         layer = self.layer
-        gemm = pick_rows(
+        return pick_rows(
             kernel, d=layer.d, f=layer.f, num_experts=self.E, activation=layer.activation
         )
-        static = dataclasses.replace(gemm.tile, dynamic=False)  # a stage has no counter
-        return dataclasses.replace(gemm, tile=static)
 
     def aggregation(self, *, weighted: bool) -> Aggregate:
         layer = self.layer
