@@ -51,6 +51,7 @@ from tests.cases import (  # noqa: E402
     ACTIVATION_CASES,
     BENCHMARK_CASES,
     BENCHMARK_GROUPS,
+    DRAWN_CASE,
     SMALL_CASES,
     Case,
 )
@@ -62,6 +63,7 @@ EXTRA_CASES = (
     Case(3000, 192, 192, 5, 2, "zipf"),
     Case(2000, 768, 256, 24, 3, "tile_edges"),
     Case(700, 128, 320, 40, 4, "zipf"),
+    DRAWN_CASE,
 )
 
 WEIGHT_TILES = (
@@ -70,26 +72,19 @@ WEIGHT_TILES = (
     WeightTile(192, 4, 2),
 )
 PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
-DYNAMIC = dataclasses.replace(PINGPONG, dynamic=True)
-DYNAMIC_ZERO = dataclasses.replace(DYNAMIC, zero_rows=True)
+WIDE = RowTile(256, 4, epi_n=64, epi_sets=2)
 VARIANTS = {
     "up": (RowTile(256, 4), RowTile(256, 4, dynamic=True)),
-    "down": (
-        PINGPONG,
-        DYNAMIC,
-        DYNAMIC_ZERO,
-        RowTile(192, 5, "pingpong", epi_n=64),
-        RowTile(256, 4, epi_n=64, epi_sets=2),
-    ),
+    "down": (PINGPONG, RowTile(192, 5, "pingpong", epi_n=64), WIDE),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
         RowTile(256, 3, "relayed", load_sets=4),
     ),
     "d_input": (
         PINGPONG,
-        DYNAMIC,
-        DYNAMIC_ZERO,
-        RowTile(256, 4, epi_n=64, epi_sets=2),
+        dataclasses.replace(PINGPONG, dynamic=True),
+        WIDE,
+        dataclasses.replace(WIDE, dynamic=True),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),
     "d_weight2": WEIGHT_TILES,

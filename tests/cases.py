@@ -163,6 +163,7 @@ ACTIVATION_CASES = tuple(
     dataclasses.replace(SMALL_CASES[0], activation=name)
     for name in ("geglu", "reglu", "silu", "relu2")
 )
+DRAWN_CASE = Case(700, 4096, 1024, 4, 2, "zipf")  # experts so large that units are drawn
 _7B, _30B_N1024 = Case(24576, 1536, 256, 128, 8), Case(32768, 4096, 1024, 64, 4)
 # Shapes whose speed is reported.
 BENCHMARK_CASES = {

@@ -105,9 +105,10 @@ _unit_counters: dict[tuple[int, int], Tensor] = {}
 
 def unit_counter() -> Tensor:
     """The zero from which launches on the current stream, one after the other, draw units."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch._C._cuda_isCurrentStreamCapturing():
         return torch.zeros(1, dtype=torch.int32, device="cuda")  # the graph's own, cleared by it
-    key = (torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream)
+    device = torch._C._cuda_getDevice()
+    key = (device, torch._C._cuda_getCurrentRawStream(device))
     if key not in _unit_counters:
         _unit_counters[key] = torch.zeros(1, dtype=torch.int32, device="cuda")
     return _unit_counters[key]

@@ -40,8 +40,8 @@ class RowTile:
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
-    dynamic: clusters take units as they become free (tickets.py) instead of every so many-th.
-    zero_rows: rows of A past an expert's end are zeros, not those of the next (A by TMA only).
+    dynamic: clusters take units as they become free (tickets.py) instead of every so many-th, and
+    units that share a weight tile follow each other.
     """
 
     tile_n: int
@@ -51,7 +51,6 @@ class RowTile:
     epi_sets: int = 1
     load_sets: int = 0
     dynamic: bool = False
-    zero_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,6 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return f"epi_sets={tile.epi_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.dynamic and gemm.kernel == "d_hidden":
         return "dynamic units are for up, down and d_input: d_hidden is called without a counter"
-    if tile.zero_rows and gemm.gathers:
-        return "zero_rows is for a ragged TMA map, which gathered rows have not"
     if gemm.loads and (tile.load_sets < 1 or (gemm.epi_chunks * blocks) % tile.load_sets):
         return f"load_sets={tile.load_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.stages < 2:
@@ -219,12 +216,16 @@ PLAIN_TILES = (
 )
 ROW_TILES: dict[RowKernel, tuple[RowTile, ...]] = {
     "up": (
+        RowTile(256, 4, dynamic=True),
         RowTile(256, 4),
         RowTile(128, 4),
         RowTile(64, 4),
     ),
     "down": PLAIN_TILES,
-    "d_input": PLAIN_TILES,
+    "d_input": (
+        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),
+        *PLAIN_TILES,
+    ),
     "d_hidden": (
         RowTile(256, 3, "relayed", load_sets=4),
         RowTile(256, 3, load_sets=2),
@@ -244,6 +245,24 @@ def relay_pays(gemm: RowGemm) -> bool:
     before its score has scaled it.
     """
     return gemm.dtype == "bfloat16" and 1024 <= gemm.d < 4096
+
+
+DRAWN_WEIGHT_BYTES = 12 * 2**20  # of one expert's W1 and W3
+
+
+def drawing_pays(gemm: RowGemm) -> bool:
+    """Whether an expert's weights are so large that L2 keeps them only for clusters in step.
+
+    See "Drift" in docs/performance.md for what was measured.
+    """
+    return gemm.halves * gemm.d * gemm.f * ELEMENT_BYTES >= DRAWN_WEIGHT_BYTES
+
+
+def is_worthwhile(gemm: RowGemm) -> bool:
+    """Whether what is special about a legal candidate pays."""
+    if gemm.relayed and not relay_pays(gemm):
+        return False
+    return not gemm.tile.dynamic or drawing_pays(gemm)
 
 
 def column_cost(tile: RowTile) -> float:
@@ -272,7 +291,7 @@ def pick_rows(
     legal = [gemm for gemm in candidates if why_illegal(gemm) is None]
     if not legal:
         raise ValueError(f"{kernel}: {why_illegal(candidates[-1])}")
-    worthwhile = [gemm for gemm in legal if not gemm.relayed or relay_pays(gemm)]
+    worthwhile = filter(is_worthwhile, legal)
     return min(worthwhile, key=lambda g: g.n_tiles * g.tile.tile_n * column_cost(g.tile))
 
 

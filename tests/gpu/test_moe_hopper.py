@@ -14,7 +14,7 @@ from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan
 from torch import Tensor
 
-from tests.cases import SMALL_CASES, Case, make_inputs, make_plan
+from tests.cases import DRAWN_CASE, SMALL_CASES, Case, make_inputs, make_plan
 from tests.oracle import check_experts, convert
 
 CASE = SMALL_CASES[0]
@@ -182,6 +182,22 @@ def test_kernels_run_on_the_current_stream() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     for got, want in zip(doubled[1:], expected[1:], strict=True):
         torch.testing.assert_close(got, 2 * want, rtol=1e-2, atol=1e-2)
+
+
+def test_steps_on_two_streams_at_once_draw_from_counters_of_their_own() -> None:
+    layer = Layer(DRAWN_CASE)
+    assert hopper.row_gemm("up", 4096, 1024, 4, torch.bfloat16, "swiglu").tile.dynamic
+    expected = layer.step()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    results: list[list[Tensor]] = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(layer.step())
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(got, want) for got, want in zip(result, expected, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

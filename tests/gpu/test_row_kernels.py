@@ -11,7 +11,7 @@ import torch
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels import hopper
 from sonicmoe_kernels.backends import HOPPER_CAPABILITY
-from sonicmoe_kernels.tiles import RowGemm, RowTile, why_illegal
+from sonicmoe_kernels.tiles import ROW_TILES, RowGemm, RowTile, why_illegal
 
 from scripts.gpu_check import row_tiles
 from tests.cases import ACTIVATION_CASES, ROUTINGS, SMALL_CASES, Case
@@ -26,10 +26,15 @@ from tests.gpu.row_kernels import (
 
 # Widths that fill no tile, an odd number of n tiles, and more n tiles than one cluster takes.
 WIDTHS = ((64, 64), (192, 192), (128, 320), (320, 128), (768, 256), (1536, 256))
-# Every kernel with the tile that the table picks, and relayed dH wherever it is legal.
+# Every kernel with the tile that the table picks, and what it picks for few wherever that is legal.
 CHOICES = [
     *((kernel, None) for kernel in KERNELS),
-    ("d_hidden", RowTile(256, 3, "relayed", load_sets=4)),
+    *(
+        (kernel, tile)
+        for kernel, tiles in ROW_TILES.items()
+        for tile in tiles
+        if tile.dynamic or tile.schedule == "relayed"
+    ),
 ]
 REPEATS = 1000
 HUGE = 2**31  # elements: beyond it 32-bit offsets overflow

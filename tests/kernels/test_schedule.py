@@ -16,7 +16,9 @@ from cutlass.cute.runtime import from_dlpack  # noqa: E402
 from sonicmoe_kernels.cute import schedule  # noqa: E402
 
 NUM_EXPERTS = 12
-SHAPES = [(128, 1, 1), (128, 3, 1), (128, 1, 2), (128, 2, 2), (128, 3, 2), (128, 6, 2)]
+# Rows of a tile, columns of tiles, CTAs of a cluster, whether units are drawn.
+SHAPES = [(128, 1, 1, False), (128, 3, 1, False)]
+SHAPES += [(128, n_tiles, 2, drawn) for n_tiles in (1, 2, 3, 6) for drawn in (False, True)]
 
 
 @cute.jit
@@ -27,6 +29,7 @@ def walk(
     tile_m: Constexpr,
     n_tiles: Constexpr,
     cluster: Constexpr,
+    drawn: Constexpr,
 ):
     """Writes (expert, m, n, shared) of every (unit, rank) and the prefix over experts."""
     total = Int32(0)
@@ -39,7 +42,11 @@ def walk(
         expert = schedule.find_expert(unit, expert, mStart, NUM_EXPERTS)
         rows = mOffsets[expert + 1] - mOffsets[expert]
         for rank in range(cluster):
-            tile = schedule.tile_of(unit - mStart[expert], rows, rank, tile_m, n_tiles, cluster)
+            own = unit - mStart[expert]
+            if cutlass.const_expr(drawn):
+                tile = schedule.tile_of_drawn(own, rows, rank, tile_m, n_tiles)
+            else:
+                tile = schedule.tile_of(own, rows, rank, tile_m, n_tiles, cluster)
             at = unit * cluster + rank
             mTiles[at, 0] = expert
             mTiles[at, 1] = tile.m
@@ -47,17 +54,21 @@ def walk(
             mTiles[at, 3] = tile.shared_weights
 
 
-def expected_tiles(counts, tile_m, n_tiles, cluster):
+def expected_tiles(counts, tile_m, n_tiles, cluster, drawn):
     """The same list in plain Python."""
     tiles = []
     for expert, rows in enumerate(counts):
         m_tiles = -(-rows // tile_m)
         paired = m_tiles if cluster == 1 else m_tiles - m_tiles % 2
-        for m in range(0, paired, cluster):
-            for n in range(n_tiles):
-                tiles += [(expert, m + rank, n, int(cluster == 2)) for rank in range(cluster)]
-        if paired < m_tiles:
-            tiles += [(expert, paired, n, 0) for n in range(n_tiles + n_tiles % 2)]
+        step = 2 if drawn else n_tiles
+        for begin in range(0, n_tiles, step):
+            columns = range(begin, min(begin + step, n_tiles))
+            for m in range(0, paired, cluster):
+                for n in columns:
+                    tiles += [(expert, m + rank, n, int(cluster == 2)) for rank in range(cluster)]
+            if paired < m_tiles:
+                even = len(columns) + len(columns) % 2
+                tiles += [(expert, paired, begin + i, 0) for i in range(even)]
     return tiles
 
 

@@ -16,18 +16,6 @@ from tests.kernels.warps import Agent, Barrier, Warps
 WARPGROUPS, WARPS = 2, 4  # that multiply, and warps of each
 
 
-class Counter:
-    """The counter in global memory."""
-
-    iterator = 0
-
-    def __init__(self):
-        self.value = 0
-
-    def __setitem__(self, _at, value):
-        self.value = value
-
-
 class Slots:
     """The slots of the CTA whose warp looks."""
 
@@ -46,7 +34,7 @@ class Clusters(Warps):
     def __init__(self, seed, *, pingpong, missing=0, ends=True):
         """missing: readers that `empty` does not count. ends: whether the end is told twice."""
         super().__init__(seed)
-        self.counter = Counter()
+        self.counter = SimpleNamespace(iterator=0, value=0)
         self.step = WARPGROUPS if pingpong else 1
         self.readers = CLUSTER * (1 + WARPS * WARPGROUPS // self.step) - missing
         self.ends = ends
@@ -56,7 +44,7 @@ class Clusters(Warps):
             mbarrier_arrive=self.arrive_at,
             mbarrier_arrive_and_expect_tx=self.expect_at,
             store_async_dsmem=self.store,
-            atomic_add=self.add_one,
+            inline_ptx=self.increment,
             sync_warp=lambda: None,
             elect_one=self.elect_one,
         )
@@ -68,7 +56,7 @@ class Clusters(Warps):
         self.init_barriers = rebind(tickets.init_barriers, fakes)
         self.take = rebind(tickets.take.__wrapped__, fakes)
         self.publish = rebind(tickets.publish.__wrapped__, fakes)
-        self.draw = rebind(tickets.draw.__wrapped__, fakes | {"publish": self.publish})
+        self.draw = rebind(tickets.draw, fakes)
 
     def launch(self, clusters, total):
         """What every (CTA, role) worked on, in order."""
@@ -97,8 +85,10 @@ class Clusters(Warps):
         seen = self.seen.setdefault((agent.cta, agent.name), [])
         while unit < total:
             if draws:
-                self.draw(drawn, turn + 1, clusters, total)
+                number = self.draw(drawn, total)
             seen.append(unit)
+            if draws:
+                self.publish(drawn, turn + 1, clusters + number)
             turn += 1
             unit = self.take(drawn, turn)
         if self.step > 1 and draws and self.ends:
@@ -139,9 +129,9 @@ class Clusters(Warps):
         self.events.append(arrive)
         self.pause()
 
-    def add_one(self, _place, number, **_):
-        drawn = self.counter.value
-        self.counter.value += number
+    def increment(self, _ptx, *, read_only_args, **_):
+        drawn, (_place, last) = self.counter.value, read_only_args
+        self.counter.value = 0 if drawn >= last else drawn + 1
         self.pause()
         return drawn
 

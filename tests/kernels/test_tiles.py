@@ -54,7 +54,6 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
             {"kernel": "d_hidden", "tile": RowTile(256, 3, load_sets=2, dynamic=True)},
             "for up, down",
         ),
-        ({"tile": RowTile(256, 4, zero_rows=True)}, "which gathered rows have not"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3)}, "load_sets=0"),
         ({"tile": RowTile(256, 3, "relayed")}, "d_hidden only"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3, "relayed", load_sets=2)}, "by 4"),
@@ -84,6 +83,21 @@ def test_asking_for_impossible_sizes_raises_what_is_accepted():
 def test_dh_is_relayed_where_that_pays(changes, schedule):
     sizes = {"f": 256, "num_experts": 128} | changes
     assert pick_rows("d_hidden", **sizes).tile.schedule == schedule
+
+
+@pytest.mark.parametrize(
+    ("kernel", "d", "f", "drawn"),
+    [
+        ("up", 4096, 1024, True),  # W1 and W3 of an expert are 16 MiB
+        ("d_input", 4096, 1024, True),
+        ("down", 4096, 1024, False),
+        ("d_hidden", 4096, 1024, False),
+        ("up", 2048, 1024, False),
+        ("d_input", 1536, 256, False),
+    ],
+)
+def test_units_are_drawn_where_an_experts_weights_are_large(kernel, d, f, drawn):
+    assert pick_rows(kernel, d=d, f=f, num_experts=64).tile.dynamic is drawn
 
 
 def test_gated_up_projection_halves_the_columns_of_a_tile():

@@ -30,7 +30,6 @@ from cutlass.tensor_utils import LayoutEnum
 
 from sonicmoe_kernels.cute import gather, schedule, tickets
 from sonicmoe_kernels.cute.main_loop import WARPGROUP, MainLoop
-from sonicmoe_kernels.cute.tma_ragged import expert_rows, ragged_view
 from sonicmoe_kernels.tiles import (
     CLUSTER,
     ELEMENT_BYTES,
@@ -45,6 +44,7 @@ PRODUCER_REGISTERS = {"gathered": 56, "tma": 40}  # with 168 at launch, three ro
 CONSUMER_REGISTERS = {"gathered": 224, "tma": 232}
 FIRST_EPILOGUE_BARRIER = 1  # named barriers 1 and 2, one for each consumer warpgroup
 FIRST_ORDER_BARRIER = 3  # 3 and 4: whose turn the main loop is (ping-pong)
+DRAWN_BY = 2  # k tiles of TMA: the number drawn at their turn's start has come
 MULTICAST_MASK = (1 << CLUSTER) - 1
 
 
@@ -202,9 +202,6 @@ class GroupedGemmM(MainLoop):
 
     def contiguous_a(self, mA: cute.Tensor) -> TmaMap:
         """TMA map of A (R_max, K). Rows past an expert's end are clipped when C is stored."""
-        if const_expr(self.tile.zero_rows):
-            columns = mA.shape[1]
-            mA = ragged_view(mA.iterator, (columns,), (1,), columns)
         one_stage = cute.slice_(self.a_layout, (None, None, 0))
         operation = cpasync.CopyBulkTensorTileG2SOp()
         return TmaMap(*cpasync.make_tiled_tma_atom(operation, mA, one_stage, (TILE_M, TILE_K)))
@@ -368,16 +365,24 @@ class GroupedGemmM(MainLoop):
         return tickets.take(walk.drawn, turn) if self.tile.dynamic else unit
 
     @cute.jit
-    def draw_unit(self, walk, turn, total, thread):
-        """Draws the unit of a turn, in one thread of the cluster."""
+    def draw(self, walk, total, thread) -> Int32:
+        """Draws a number, in one thread of the cluster."""
+        number = Int32(0)
         if walk.rank == 0 and thread == 0:
-            tickets.draw(walk.drawn, turn, walk.clusters, total)
+            number = tickets.draw(walk.drawn, total)
+        return number
 
     @cute.jit
-    def end_turn(self, walk, turn, total, thread):
-        """Tells the warpgroup that would take a turn behind the last that there is none."""
+    def hand_out(self, walk, turn, unit, thread):
+        """Hands out the unit of a turn, in the thread that drew it."""
         if walk.rank == 0 and thread == 0:
-            tickets.publish(walk.drawn, turn, total)
+            tickets.publish(walk.drawn, turn, unit)
+
+    @cute.jit
+    def hand_out_late(self, walk, turn, unit, thread, k):
+        """The same, in the k tile by which the number has come."""
+        if k == min(DRAWN_BY, self.gemm.k // TILE_K - 1):
+            self.hand_out(walk, turn, unit, thread)
 
     @cute.jit
     def locate(self, walk, unit: Int32, expert: Int32):
@@ -387,7 +392,10 @@ class GroupedGemmM(MainLoop):
         first = walk.sOffsets[expert]
         length = walk.sOffsets[expert + 1] - first
         unit -= walk.sStart[expert]
-        at = schedule.tile_of(unit, length, walk.rank, TILE_M, n_tiles, CLUSTER)
+        if const_expr(self.tile.dynamic):
+            at = schedule.tile_of_drawn(unit, length, walk.rank, TILE_M, n_tiles)
+        else:
+            at = schedule.tile_of(unit, length, walk.rank, TILE_M, n_tiles, CLUSTER)
         return expert, first, length, at
 
     # ----------------------------------------------------- device: producer
@@ -411,13 +419,17 @@ class GroupedGemmM(MainLoop):
         total = walk.sStart[gemm.num_experts]
         while unit < total:
             if const_expr(self.tile.dynamic):
-                self.draw_unit(walk, turn + 1, total, thread)
+                number = self.draw(walk, total, thread)
             expert, first, length, at = self.locate(walk, unit, expert)
             row, end = first + at.m * TILE_M, first + length
             if const_expr(gemm.gathers):
                 gather.load_row_indices(a.mIndex, rRows, row, end, thread)
+                if const_expr(self.tile.dynamic):  # the number has come when the indices have
+                    self.hand_out(walk, turn + 1, walk.clusters + number, thread)
             for k_source in cutlass.range_constexpr(gemm.k_sources):
                 for k in cutlass.range(gemm.k // TILE_K, unroll=1):
+                    if const_expr(self.tile.dynamic and not gemm.gathers and k_source == 0):
+                        self.hand_out_late(walk, turn + 1, walk.clusters + number, thread, k)
                     stages.sync_object_empty.wait(state.index, state.phase)
                     if warp_index == 0:
                         stages.sync_object_full.arrive(state.index, None)  # expects the bytes
@@ -443,7 +455,7 @@ class GroupedGemmM(MainLoop):
                                 )
                         if const_expr(not gemm.gathers):
                             depth = k_source * (gemm.k // TILE_K) + k
-                            self.load_a(a, sA, first, length, row, depth, state.index, barrier)
+                            self.load_a(a, sA, row, depth, state.index, barrier)
                     if const_expr(gemm.gathers):
                         sTile = sA_linear + state.index * (TILE_M * TILE_K)
                         upper = TILE_M // 2 // rows_per_pass  # first pass of the upper 64
@@ -458,7 +470,8 @@ class GroupedGemmM(MainLoop):
             turn += 1
             unit = self.unit_of(walk, turn, unit + walk.clusters)
         if const_expr(self.tile.dynamic and self.pingpong):
-            self.end_turn(walk, turn + 1, total, thread)
+            # the warpgroup that would take a turn behind the last learns that there is none
+            self.hand_out(walk, turn + 1, total, thread)
 
     def partition_weight(self, maps: WeightMaps, sSource: cute.Tensor, rank: Int32) -> tuple:
         """(shared, global) of the multicast map, then of a CTA's own; global is (box, N, K, E)."""
@@ -473,12 +486,9 @@ class GroupedGemmM(MainLoop):
         )
 
     @cute.jit
-    def load_a(self, a, sA, first, length, row, k, stage, barrier):
-        """Loads A's tile from row `row` (of the expert at `first`) and k tile `k` on."""
-        if const_expr(self.tile.zero_rows):
-            rows = expert_rows(a.mTensor, first, length, row - first)
-        else:
-            rows = cute.domain_offset((row, 0), a.mTensor)
+    def load_a(self, a, sA, row, k, stage, barrier):
+        """Loads A's tile from row `row` and k tile `k` on."""
+        rows = cute.domain_offset((row, 0), a.mTensor)
         gA = cute.local_tile(rows, (TILE_M, TILE_K), (0, None))
         sBox, gBox = cpasync.tma_partition(
             a.atom, 0, cute.make_layout(1), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)

@@ -11,8 +11,11 @@ different weight tiles without multicast. With an odd n_tiles the very last CTA 
 TMA reads zeros there and stores nothing.
 
 Units of one expert are consecutive, pairs of rows outermost, n innermost, so the rows of A stay in
-L2 while the cluster next to it takes the next n. All functions here are index arithmetic without
-warp intrinsics (they also run on the CPU), except `load_schedule`, which is a block-wide scan.
+L2 while the cluster next to it takes the next n. Where units are drawn (tickets.py), rows are
+innermost instead: whatever shares a weight tile starts at about the same time.
+
+All functions here are index arithmetic without warp intrinsics (they also run on the CPU), except
+`load_schedule`, which is a block-wide scan.
 """
 
 from typing import NamedTuple
@@ -82,6 +85,32 @@ def tile_of(
             m = m_tiles - 1
             n = 2 * (unit - paired_units) + rank
             shared = Int32(0)
+    return Tile(m, n, shared)
+
+
+@cute.jit
+def tile_of_drawn(
+    unit: Int32, rows: Int32, rank: Int32, tile_m: Constexpr, n_tiles: Constexpr
+) -> Tile:
+    """The same with rows innermost, for clusters of two: the units of two columns of tiles follow
+    each other, pairs of rows first.
+    """
+    m_tiles = (rows + (tile_m - 1)) // tile_m
+    pairs = m_tiles // 2
+    group = 2 * pairs + m_tiles % 2
+    step = unit // group
+    unit -= step * group
+    columns = Int32(2)
+    if step == n_tiles // 2:  # the last one of an odd number
+        columns = Int32(1)
+    pair = unit // columns
+    m = 2 * pair + rank
+    n = 2 * step + unit - pair * columns
+    shared = Int32(1)
+    if pair >= pairs:
+        m = m_tiles - 1
+        n = 2 * step + rank
+        shared = Int32(0)
     return Tile(m, n, shared)
 
 

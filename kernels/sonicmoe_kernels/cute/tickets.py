@@ -4,14 +4,14 @@ Legend: unit: what a cluster computes at once (schedule.py). turn: a unit's plac
 cluster's work. slot: where the units of every SLOTS-th turn lie in shared memory.
 
 The first unit of a cluster is its own number. When its producer begins a turn, one thread of CTA 0
-draws the next turn's unit from a counter in global memory and puts it into the slot of both CTAs:
-the stages in flight hide how long that takes. Every warp that works on the next turn waits for it
+draws the next turn's number from a counter in global memory; later, when the answer is there, it
+puts the unit into the slot of both CTAs. Every warp that works on the next turn waits for it
 (`full`), reads it and says so (`empty`, of CTA 0). A unit beyond the last ends the work; where two
 warpgroups take turns, it is published for the turn behind as well.
 
 A launch leaves the counter as it found it, at zero: every cluster with work draws until it gets a
-unit that is not there, so exactly as many numbers are drawn as there are units. Two launches at
-once need two counters.
+unit that is not there, so exactly as many numbers are drawn as there are units, and the last one
+wraps the counter around. Two launches at once need two counters.
 """
 
 from typing import NamedTuple
@@ -49,14 +49,16 @@ def init_barriers(tickets: Tickets, readers: int):
         cute.arch.mbarrier_init(tickets.empty + slot, readers)
 
 
-@cute.jit
-def draw(tickets: Tickets, turn: Int32, clusters: Int32, total: Int32):
-    """Draws one of `total` units for a turn after the first; by one thread of CTA 0."""
-    counter = tickets.mCounter.iterator
-    number = cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
-    if number == total - 1:
-        tickets.mCounter[0] = Int32(0)
-    publish(tickets, turn, clusters + number)
+def draw(tickets: Tickets, total: Int32) -> Int32:
+    """Draws one of `total` numbers; by one thread of CTA 0. Nobody waits for it before it is used.
+
+    In PTX: the increment that wraps around is no function of the DSL.
+    """
+    return cute.arch.inline_ptx(
+        "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
+        write_only_types=[Int32],
+        read_only_args=[tickets.mCounter.iterator, total - 1],
+    )
 
 
 @cute.jit
