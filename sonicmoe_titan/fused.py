@@ -46,10 +46,10 @@ def routed_output(
     """
     if somebody_watches() or torch._C._len_torch_function_stack() > 0:
         return None
-    shape = x_BLD.shape  # not sooner: a tracer would compile again for another
-    if not is_wanted(moe.fused_block, shape[:-1].numel()):
+    if x_BLD.ndim != 3 or torch.is_autocast_enabled("cuda"):
         return None
-    if torch.is_autocast_enabled("cuda"):
+    B, L, D = x_BLD.shape  # not sooner: a tracer would compile again for another
+    if not is_wanted(moe.fused_block, B * L):
         return None
     # not by attribute: nn.Module looks those up in Python, 0.4 us each
     modules: dict[str, Any] = moe._modules
@@ -61,7 +61,7 @@ def routed_output(
         return None
     gate_ED, parameters = gate._parameters["weight"], weights._parameters
     w1, w3, w2 = parameters["w1_EFD"], parameters["w3_EFD"], parameters["w2_EDF"]
-    bias_E, choices_E = moe.expert_bias_E, moe.tokens_per_expert_E
+    bias_E, choices_E = moe._buffers.get("expert_bias_E"), moe._buffers["tokens_per_expert_E"]
     halves = (x_BLD, gate_ED, w1, w3, w2)
     if not _are_plain(halves, torch.bfloat16) or not _are_plain((choices_E,), torch.float32):
         return None
@@ -69,9 +69,11 @@ def routed_output(
         return None
     if torch.is_grad_enabled() and len({tensor.requires_grad for tensor in halves}) > 1:
         return None  # the operator computes all gradients
+    if D != w1.shape[2]:
+        return None  # the modules say what is wrong
     training = moe.training
     block = _block_for(router, experts, x_BLD, w1, training=training, has_bias=bias_E is not None)
-    if block is None or block.sizes(shape[0] * shape[1]) is None:
+    if block is None or block.sizes(B * L) is None:
         return None
     counting = NOTHING if not training else EVERYTHING if first_pass() else CHOICES
     sums = moe.stats.sums(choices_E)
@@ -118,8 +120,6 @@ def _block_for(
 ) -> FusedBlock | None:
     """The operator of layers that are set up like this one, or None where kernels have limits."""
     config, device = experts.config, x_BLD.device
-    if x_BLD.ndim != 3 or x_BLD.shape[2] != w1_EFD.shape[2]:
-        return None  # the modules say what is wrong
     if device.index != torch.cuda.current_device():
         return None  # kernels launch on the current one
     rounding, tile = None, 0
