@@ -3,7 +3,7 @@
 
     compute-sanitizer --tool memcheck python scripts/launch_layers.py
 
-Every kernel of a layer runs: experts of every small case, with its own routing and behind a top-k
+Every kernel of a layer runs: experts of every small case and of a wide one, with its own routing and behind a top-k
 router, and token rounding in every way on the first case. Without a GPU the torch backend runs.
 
 Legend: T tokens, E experts, K experts per token.
@@ -26,6 +26,7 @@ from sonicmoe_kernels.routing import RoutingPlan, route_topk  # noqa: E402
 
 from tests.cases import (  # noqa: E402
     ACTIVATION_CASES,
+    DRAWN_CASE,
     SMALL_CASES,
     Case,
     Pairs,
@@ -54,7 +55,7 @@ def plans_of(
 def main() -> None:
     device, backend = ("cuda", "hopper") if torch.cuda.is_available() else ("cpu", "torch")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for number, case in enumerate(SMALL_CASES + ACTIVATION_CASES):
+    for number, case in enumerate((*SMALL_CASES, *ACTIVATION_CASES, DRAWN_CASE)):
         gated = get_activation(case.activation).gated
         inputs = make_inputs(case, gated=gated, device=device, dtype=dtype)
         leaves = [None if t is None else t.requires_grad_() for t in inputs[:4]]
