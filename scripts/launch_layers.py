@@ -3,8 +3,9 @@
 
     compute-sanitizer --tool memcheck python scripts/launch_layers.py
 
-Every kernel of a layer runs: experts of every small case and of a wide one, with its own routing and behind a top-k
-router, and token rounding in every way on the first case. Without a GPU the torch backend runs.
+Every kernel of a layer runs: experts of every small case and of a wide one, with its own routing
+and behind a top-k router, and token rounding in every way on the first case. Without a GPU the
+torch backend runs.
 
 Legend: T tokens, E experts, K experts per token.
 """

@@ -69,7 +69,7 @@ def routed_output(
         return None
     if torch.is_grad_enabled() and len({tensor.requires_grad for tensor in halves}) > 1:
         return None  # the operator computes all gradients
-    if D != w1.shape[2]:
+    if w1.shape[2] != D:
         return None  # the modules say what is wrong
     training = moe.training
     block = _block_for(router, experts, x_BLD, w1, training=training, has_bias=bias_E is not None)
