@@ -166,4 +166,4 @@ def test_wrong_dtypes_and_shapes_are_refused() -> None:
     kernel = kernel_cache.load(hopper.row_gemm("down", case.D, case.F, case.E, w2.dtype, "swiglu"))
     for wrong in (a.half(), a[:, 1:].contiguous(), a[1:]):
         with pytest.raises((TypeError, ValueError), match="Mismatched"):
-            kernel(wrong, problem.expert_offsets, w2, y, 2)
+            kernel(None, wrong, problem.expert_offsets, w2, y, 2)
