@@ -53,6 +53,7 @@ def routed_output(
         return None
     # not by attribute: nn.Module looks those up in Python, 0.4 us each
     modules: dict[str, Any] = moe._modules
+    buffers: dict[str, Any] = moe._buffers
     router, experts = modules["router"], modules["routed_experts"]
     gate, weights = router._modules["gate"], experts._modules["inner_experts"]
     if not _are_untouched((router, gate, experts, weights), kinds):
@@ -61,7 +62,7 @@ def routed_output(
         return None
     gate_ED, parameters = gate._parameters["weight"], weights._parameters
     w1, w3, w2 = parameters["w1_EFD"], parameters["w3_EFD"], parameters["w2_EDF"]
-    bias_E, choices_E = moe._buffers.get("expert_bias_E"), moe._buffers["tokens_per_expert_E"]
+    bias_E, choices_E = buffers.get("expert_bias_E"), buffers["tokens_per_expert_E"]
     halves = (x_BLD, gate_ED, w1, w3, w2)
     if not _are_plain(halves, torch.bfloat16) or not _are_plain((choices_E,), torch.float32):
         return None

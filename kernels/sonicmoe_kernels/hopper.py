@@ -3,8 +3,9 @@
 Legend: T tokens, D model width, F expert width, E experts, R routed rows (static bound R_max),
 halves 2 when the activation is gated.
 
-Every function launches one kernel into tensors its caller allocated; nothing here waits for the
-device or reads from it. Rows in [R, R_max) of every tensor stay as they were.
+Every function launches one kernel into tensors its caller allocated (where units are drawn, their
+counter is cleared before); nothing here waits for the device or reads from it. Rows in [R, R_max)
+of every tensor stay as they were.
 """
 
 from __future__ import annotations
@@ -96,22 +97,21 @@ def row_kernel(
     gemm = row_gemm(kernel, d, f, num_experts, dtype, activation)
     loaded = kernel_cache.load(gemm)
     if gemm.tile.dynamic:
-        return lambda *operands: loaded(unit_counter(), *operands)
+        return _with_counter(loaded)
     return loaded if kernel == "d_hidden" else functools.partial(loaded, None)
 
 
-_unit_counters: dict[tuple[int, int], Tensor] = {}
+def _with_counter(loaded: Callable[..., None]) -> Callable[..., None]:
+    """The kernel with a zero of its own at every launch, from which it draws units.
 
+    A counter that stays would serve all launches of a stream, but a graph's memory pool, which may
+    be in use when it is made, does not expect what stays.
+    """
 
-def unit_counter() -> Tensor:
-    """The zero from which launches on the current stream, one after the other, draw units."""
-    if torch._C._cuda_isCurrentStreamCapturing():
-        return torch.zeros(1, dtype=torch.int32, device="cuda")  # the graph's own, cleared by it
-    device = torch._C._cuda_getDevice()
-    key = (device, torch._C._cuda_getCurrentRawStream(device))
-    if key not in _unit_counters:
-        _unit_counters[key] = torch.zeros(1, dtype=torch.int32, device="cuda")
-    return _unit_counters[key]
+    def launch(*operands: Tensor | int | None) -> None:
+        loaded(torch.zeros(1, dtype=torch.int32, device="cuda"), *operands)
+
+    return launch
 
 
 def up(
