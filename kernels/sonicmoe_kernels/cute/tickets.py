@@ -52,7 +52,8 @@ def init_barriers(tickets: Tickets, readers: int):
 def draw(tickets: Tickets, total: Int32) -> Int32:
     """Draws one of `total` numbers; by one thread of CTA 0. Nobody waits for it before it is used.
 
-    In PTX: the increment that wraps around is no function of the DSL.
+    In PTX, an increment that wraps around: what a warp's threads add to one address the compiler
+    adds up first, and then waits at once for the answer to spread it.
     """
     return cute.arch.inline_ptx(
         "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
