@@ -72,7 +72,7 @@ def parts(*, jobs: int, out: Path, pythonpath: Sequence[str] = ()) -> dict[str, 
     sparsest = ("--shapes", "sparsest", "--impls", "sonicmoe", "official", "--append")
     return {
         "warmup": Part(
-            "compile the kernels of the other parts", _warmup(jobs), 150, 900, gpus=0, alone=True
+            "compile the kernels of the other parts", _warmup(jobs), 150, 1800, gpus=0, alone=True
         ),
         **_tests(),
         **_sanitizer(),
