@@ -96,9 +96,7 @@ def row_kernel(
     """The loaded kernel that serves these sizes; one look-up a launch."""
     gemm = row_gemm(kernel, d, f, num_experts, dtype, activation)
     loaded = kernel_cache.load(gemm)
-    if gemm.tile.dynamic:
-        return _with_counter(loaded)
-    return loaded if kernel == "d_hidden" else functools.partial(loaded, None)
+    return _with_counter(loaded) if gemm.tile.dynamic else functools.partial(loaded, None)
 
 
 def _with_counter(loaded: Callable[..., None]) -> Callable[..., None]:

@@ -190,7 +190,7 @@ def why_illegal(gemm: RowGemm) -> str | None:
     if tile.epi_sets < 1 or (gemm.epi_chunks * blocks) % tile.epi_sets:
         return f"epi_sets={tile.epi_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.dynamic and gemm.kernel == "d_hidden":
-        return "dynamic units are for up, down and d_input: d_hidden is called without a counter"
+        return "dynamic units are for up, down and d_input: a relayed epilogue cannot take them"
     if gemm.loads and (tile.load_sets < 1 or (gemm.epi_chunks * blocks) % tile.load_sets):
         return f"load_sets={tile.load_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.stages < 2:

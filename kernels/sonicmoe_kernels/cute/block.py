@@ -303,6 +303,7 @@ class Gradients(Stage):
         mA_RF = scratch.part("rows", BFloat16, (rows, self.layer.f))
         mDScore_NR = scratch.part("dscore", Float32, (parts, rows), (Int64(rows), 1))
         self.d_hidden(
+            None,
             mDOut_TD,
             mTokenIdx_R,
             mOffsets,

@@ -53,7 +53,7 @@ def arguments(gemm: RowGemm) -> tuple:
     return {
         "up": (counter, x, index, offsets, w1, w3, h, a),
         "down": (counter, a, offsets, w2, y),
-        "d_hidden": (x, index, offsets, w2, score, h, dh, a, partials),
+        "d_hidden": (counter, x, index, offsets, w2, score, h, dh, a, partials),
         "d_input": (counter, dh, offsets, w1, w3, y),
     }[gemm.kernel]
 

@@ -45,6 +45,7 @@ class DHidden(GroupedGemmM):
     @cute.jit
     def __call__(
         self,
+        mCounter: cute.Tensor | None,
         mDO_TD: cute.Tensor,
         mIndex_R: cute.Tensor,
         mOffsets: cute.Tensor,
@@ -68,7 +69,8 @@ class DHidden(GroupedGemmM):
             mDScore_NR,
         )
         weights = (self.weight_maps(mW2_EDF),)
-        self.launch(mOffsets, Gathered(mDO_TD, mIndex_R), weights, tensors, num_ctas, stream)
+        gathered = Gathered(mDO_TD, mIndex_R)
+        self.launch(mOffsets, gathered, weights, tensors, num_ctas, stream, mCounter)
 
     def epilogue_registers(self) -> tuple:
         """(scores, sums of dS) of this thread's rows."""
