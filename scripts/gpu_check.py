@@ -36,7 +36,9 @@ from sonicmoe_kernels import kernel_lists, warmup  # noqa: E402
 from sonicmoe_kernels.activations import get_activation  # noqa: E402
 from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
 from sonicmoe_kernels.tiles import (  # noqa: E402
+    PINGPONG,
     ROW_TILES,
+    WIDE,
     RowGemm,
     RowTile,
     TopKOptions,
@@ -71,18 +73,17 @@ WEIGHT_TILES = (
     WeightTile(256, 4, 1),
     WeightTile(192, 4, 2),
 )
-PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
-WIDE = RowTile(256, 4, epi_n=64, epi_sets=2)
+DRAWN = dataclasses.replace(PINGPONG, dynamic=True)
 VARIANTS = {
     "up": (RowTile(256, 4), RowTile(256, 4, dynamic=True)),
-    "down": (PINGPONG, RowTile(192, 5, "pingpong", epi_n=64), WIDE),
+    "down": (PINGPONG, DRAWN, RowTile(192, 5, "pingpong", epi_n=64), WIDE),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
         RowTile(256, 3, "relayed", load_sets=4),
     ),
     "d_input": (
         PINGPONG,
-        dataclasses.replace(PINGPONG, dynamic=True),
+        DRAWN,
         WIDE,
         dataclasses.replace(WIDE, dynamic=True),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),

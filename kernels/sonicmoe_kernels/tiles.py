@@ -8,7 +8,7 @@ Nothing here is tuned at run time, and nothing depends on the number of tokens o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from sonicmoe_kernels.activations import get_activation
@@ -207,9 +207,11 @@ COLUMN_COST = {256: 1.0, 192: 1.05, 128: 1.3, 64: 2.0}
 # 1.80.
 PINGPONG_COLUMN_COST = {192: 0.9, 128: 1.1}
 # Candidates of every kernel on sm_90a; the cheapest legal one is taken, the first one of equals.
+PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
+WIDE = RowTile(256, 4, epi_n=64, epi_sets=2)
 PLAIN_TILES = (
-    RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2),
-    RowTile(256, 4, epi_n=64, epi_sets=2),
+    PINGPONG,
+    WIDE,
     RowTile(256, 4, epi_n=32, epi_sets=2),
     RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     RowTile(64, 4, epi_n=64, epi_sets=1),
@@ -222,10 +224,7 @@ ROW_TILES: dict[RowKernel, tuple[RowTile, ...]] = {
         RowTile(64, 4),
     ),
     "down": PLAIN_TILES,
-    "d_input": (
-        RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2, dynamic=True),
-        *PLAIN_TILES,
-    ),
+    "d_input": (replace(PINGPONG, dynamic=True), *PLAIN_TILES),
     "d_hidden": (
         RowTile(256, 3, "relayed", load_sets=4),
         RowTile(256, 3, load_sets=2),
