@@ -54,6 +54,7 @@ from tests.cases import (  # noqa: E402
     BENCHMARK_CASES,
     BENCHMARK_GROUPS,
     DRAWN_CASE,
+    ODD_CASES,
     SMALL_CASES,
     Case,
 )
@@ -66,6 +67,7 @@ EXTRA_CASES = (
     Case(2000, 768, 256, 24, 3, "tile_edges"),
     Case(700, 128, 320, 40, 4, "zipf"),
     DRAWN_CASE,
+    *ODD_CASES,
 )
 
 WEIGHT_TILES = (

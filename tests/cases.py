@@ -204,6 +204,7 @@ BENCHMARK_CASES = {
     "30b_n1024_zipf": dataclasses.replace(_30B_N1024, routing="zipf"),
     "30b_n1024_dirichlet": dataclasses.replace(_30B_N1024, routing="dirichlet"),
 }
+ODD_CASES = (Case(200, 7168, 64, 8, 8), Case(300, 64, 2048, 16, 3, "zipf"))
 # Names for several of them, most wanted first.
 BENCHMARK_GROUPS = {
     "paper": (

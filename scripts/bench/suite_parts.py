@@ -23,6 +23,7 @@ TUNED_ONCE = (
 )
 VARIANT_CASES = "7b,1.4b,sparse,7b_zipf"
 HUGE_TESTS = "31_bits or 2_to_the_31"  # several GiB each
+PAPER_TESTS = "every_shape_of_the_paper"  # up to 50 GB each
 
 
 class Part(NamedTuple):
@@ -164,8 +165,17 @@ def _tests() -> dict[str, Part]:
         "tests-experts": run(
             "moe_experts: oracle, mutations, garbage, streams, repeats, graphs, inductor",
             "moe_experts moe_hopper",
+            "-k",
+            f"not {PAPER_TESTS}",
             processes=4,
-            seconds=60,
+            seconds=75,
+        ),
+        "tests-shapes": run(
+            "moe_experts at every shape of the paper, one at a time",
+            "moe_hopper",
+            "-k",
+            PAPER_TESTS,
+            seconds=200,
         ),
         "tests-rows": run(
             "the ragged-M kernels: every routing, width, tile, activation",

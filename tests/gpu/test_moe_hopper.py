@@ -14,13 +14,27 @@ from sonicmoe_kernels.moe import moe_experts
 from sonicmoe_kernels.routing import RoutingPlan
 from torch import Tensor
 
-from tests.cases import DRAWN_CASE, SMALL_CASES, Case, make_inputs, make_plan
+from tests.cases import (
+    BENCHMARK_CASES,
+    BENCHMARK_GROUPS,
+    DRAWN_CASE,
+    ODD_CASES,
+    SMALL_CASES,
+    Case,
+    make_inputs,
+    make_plan,
+)
 from tests.oracle import check_experts, convert
 
 CASE = SMALL_CASES[0]
 EDGES = SMALL_CASES[-1]
 REPEATS = 1000
 TILE_ROWS = 128
+# As wide and with as many experts as there, on fewer tokens.
+PAPER_CASES = tuple(
+    dataclasses.replace(case, T=max(case.T // 16, case.E))
+    for case in (BENCHMARK_CASES[name] for name in BENCHMARK_GROUPS["paper"])
+)
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +136,12 @@ MUTATIONS = {
     "dW1 and dW3 swapped": ("d_weight13", _swapped(4, 5)),
     "dX~ of swapped weights": ("d_input_rows", _swapped(2, 3)),
 }
+
+
+@pytest.mark.parametrize("case", PAPER_CASES + ODD_CASES, ids=lambda case: case.name)
+def test_every_shape_of_the_paper_agrees_with_the_fp32_oracle(case: Case) -> None:
+    check_experts(case, device="cuda", backend="hopper")
+    torch.cuda.empty_cache()  # up to 50 GB
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
