@@ -203,6 +203,11 @@ def _tests() -> dict[str, Part]:
             "host_cost",
             seconds=30,
         )._replace(alone=True),
+        "tests-first-call": run(
+            "a process's first layer, from an empty kernel cache and from a filled one",
+            "first_call",
+            seconds=45,
+        )._replace(alone=True),
         "tests-routing": run(
             "top-k, plans, token rounding",
             "topk_gpu plan_gpu routing_gpu",
