@@ -53,7 +53,7 @@ def script(name: str, *words: str) -> list[str]:
 
 def pytest(*words: str, processes: int = 1) -> list[str]:
     """A pytest command; several processes where pytest-xdist is installed."""
-    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *words]
+    command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-rfEs", *words]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(processes if processes > 1 else 0)]
     return command
