@@ -76,9 +76,10 @@ WEIGHT_TILES = (
     WeightTile(192, 4, 2),
 )
 DRAWN = dataclasses.replace(PINGPONG, dynamic=True)
+TURNED = dataclasses.replace(PINGPONG, schedule="turned")
 VARIANTS = {
     "up": (RowTile(256, 4), RowTile(256, 4, dynamic=True)),
-    "down": (PINGPONG, DRAWN, RowTile(192, 5, "pingpong", epi_n=64), WIDE),
+    "down": (PINGPONG, DRAWN, TURNED, RowTile(192, 5, "pingpong", epi_n=64), WIDE),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),
         RowTile(256, 3, "relayed", load_sets=4),
@@ -88,6 +89,8 @@ VARIANTS = {
         DRAWN,
         WIDE,
         dataclasses.replace(WIDE, dynamic=True),
+        TURNED,
+        dataclasses.replace(TURNED, dynamic=True),
         RowTile(128, 6, "pingpong", epi_n=64, epi_sets=2),
     ),
     "d_weight2": WEIGHT_TILES,

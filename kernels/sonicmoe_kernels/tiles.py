@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from sonicmoe_kernels.activations import get_activation
 
 RowKernel = Literal["up", "down", "d_hidden", "d_input"]
-Schedule = Literal["cooperative", "pingpong", "relayed"]
+Schedule = Literal["cooperative", "pingpong", "relayed", "turned"]
 
 TILE_M = 128  # two warpgroups of 64 rows, or one warpgroup with two blocks of 64
 TILE_K = 64  # 128 bytes of 16-bit elements: one swizzle row, four wgmma deep
@@ -25,6 +25,8 @@ ELEMENT_BYTES = 2
 SHARED_MEMORY_LIMIT = 227 * 1024  # what one block may use on sm_90
 MAX_EXPERTS = 1024
 THREADS = 384  # one producer and two consumer warpgroups
+TURNED_BOX_ROWS = 32  # of one load of a turned tile's rows
+FINE_STEP, COARSE_STEP = 8, 32  # of the widths of turned tiles; wgmma's N is a multiple of 8
 UNIT_SLOTS = 4  # of units that are drawn: more than the turns that stages can be ahead
 
 
@@ -40,6 +42,8 @@ class RowTile:
     warpgroups multiply one tile, then both run its epilogue. "pingpong": a tile each, one's
     epilogue under the other's main loop. "relayed": both multiply one tile and hand its sums over
     in 16 bits to two warps of the producer's, which run the epilogue under the next main loop.
+    "turned": ping-pong, with an expert's rows along N, up to tile_n of them, as many in each of its
+    tiles, and 128 columns along M (turned.py); epi_n: rows of one store.
     dynamic: clusters take units as they become free (tickets.py) instead of every so many-th, and
     units that share a weight tile follow each other.
     """
@@ -100,11 +104,12 @@ class RowGemm:
     @property
     def n_step(self) -> int:
         """Columns of each source that one tile covers."""
-        return self.tile.tile_n // self.n_sources
+        return TILE_M if self.turned else self.tile.tile_n // self.n_sources
 
     @property
     def n_tiles(self) -> int:
-        return -(-self.n // self.n_step)
+        """Column tiles of a row tile; turned, pairs of them: one for each CTA of a cluster."""
+        return -(-self.n // (CLUSTER * self.n_step if self.turned else self.n_step))
 
     @property
     def k_tiles(self) -> int:
@@ -132,6 +137,30 @@ class RowGemm:
         return self.tile.schedule == "relayed"
 
     @property
+    def tile_rows(self) -> int:
+        """Rows of an expert in a tile, at most."""
+        return self.tile.tile_n if self.turned else TILE_M
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """N of the kernel's products. Turned: fine from where experts have two tiles."""
+        tile_n = self.tile.tile_n
+        if not self.turned:
+            return (tile_n,)
+        fine = range(tile_n // 2 + FINE_STEP, tile_n + 1, FINE_STEP)
+        return (*range(COARSE_STEP, tile_n // 2 + 1, COARSE_STEP), *fine)
+
+    @property
+    def turned(self) -> bool:
+        """Whether an expert's rows lie along the product's N, its weights along M."""
+        return self.tile.schedule == "turned"
+
+    @property
+    def pingpong(self) -> bool:
+        """Whether the consumers take turns, a whole tile each."""
+        return self.tile.schedule in ("pingpong", "turned")
+
+    @property
     def store_buffers(self) -> int:
         """Chunks of shared memory that the epilogue stores from.
 
@@ -156,7 +185,7 @@ class RowGemm:
     def shared_memory(self) -> int:
         """Bytes of shared memory, counted as the kernel lays them out."""
         tile, aligned = self.tile, 1024
-        stage = (TILE_M + tile.tile_n) * TILE_K * ELEMENT_BYTES
+        stage = (self.tile_rows + self.n_sources * self.n_step) * TILE_K * ELEMENT_BYTES
         chunk = WARPGROUP_ROWS * tile.epi_n * ELEMENT_BYTES
         buffers = chunk * (self.store_buffers + self.load_buffers)
         tables = 8 * 2 * tile.stages + 8 * self.epilogue_barriers
@@ -178,9 +207,13 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return f"each source's {gemm.n_step} columns must be a multiple of 64 (whole swizzle rows)"
     if gemm.n_step % tile.epi_n or tile.epi_n not in (32, 64):
         return f"epi_n={tile.epi_n} must be 32 or 64 and divide {gemm.n_step}"
-    blocks = 2 if tile.schedule == "pingpong" else 1
-    if tile.schedule == "pingpong" and tile.tile_n * blocks // 2 > 192:
-        return "ping-pong keeps 128 rows in one warpgroup: over 192 accumulators a thread spill"
+    blocks = 2 if gemm.pingpong else 1
+    if gemm.pingpong and tile.tile_n * blocks // 2 > 192:
+        return "ping-pong keeps a whole tile in one warpgroup: over 192 accumulators a thread spill"
+    if gemm.turned and gemm.kernel not in ("down", "d_input"):
+        return "turned tiles are for down and d_input: their rows are loaded by TMA"
+    if gemm.turned and (tile.tile_n % (2 * TURNED_BOX_ROWS) or tile.epi_sets > blocks):
+        return f"a turned tile has rows by {2 * TURNED_BOX_ROWS} and a store set for each block"
     if gemm.relayed and gemm.kernel != "d_hidden":
         return "a relayed epilogue is written for d_hidden only"
     if gemm.relayed and tile.epi_n != 32:

@@ -36,6 +36,7 @@ CHOICES = [
         if tile.dynamic or tile.schedule == "relayed"
     ),
 ]
+TURNED = [(kernel, tile) for kernel, tile in row_tiles() if tile.schedule == "turned"]
 REPEATS = 1000
 HUGE = 2**31  # elements: beyond it 32-bit offsets overflow
 
@@ -81,6 +82,19 @@ def test_every_width_works_on_every_routing(
         CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
+@pytest.mark.parametrize(("kernel", "tile"), TURNED, ids=str)
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("widths", [(192, 192), (768, 256)], ids=lambda w: f"D{w[0]}_F{w[1]}")
+def test_turned_tiles_of_every_width_are_right(
+    widths: tuple[int, int], routing: str, kernel: str, tile: RowTile
+) -> None:
+    """3000 tokens: with three of 24 experts each, one has none, some or several tiles of rows."""
+    with forced_tile(kernel, tile):
+        CHECKS[kernel](
+            make_problem(Case(3000, *widths, E=24, K=3, routing=routing), torch.bfloat16)
+        )
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_agrees_with_fp32_in_fp16(kernel: str) -> None:
     CHECKS[kernel](make_problem(SMALL_CASES[0], torch.float16))
@@ -106,7 +120,7 @@ def test_a_thousand_experts_most_of_them_empty(kernel: str) -> None:
     CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
-@pytest.mark.parametrize(("kernel", "tile"), CHOICES, ids=str)
+@pytest.mark.parametrize(("kernel", "tile"), CHOICES + TURNED, ids=str)
 def test_repeats_are_bitwise_equal_while_another_stream_loads_the_gpu(
     kernel: str, tile: RowTile | None
 ) -> None:

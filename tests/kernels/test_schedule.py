@@ -14,6 +14,7 @@ import cutlass.cute as cute  # noqa: E402
 from cutlass import Constexpr, Int32  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
 from sonicmoe_kernels.cute import schedule  # noqa: E402
+from sonicmoe_kernels.tiles import RowGemm, RowTile  # noqa: E402
 
 NUM_EXPERTS = 12
 # Rows of a tile, columns of tiles, CTAs of a cluster, whether units are drawn.
@@ -119,3 +120,47 @@ def test_many_experts_and_mostly_empty_ones_are_found_by_bisection():
     found = torch.full((int(start[-1]),), -1, dtype=torch.int32)
     find_all(from_dlpack(start), from_dlpack(found), 1024)
     assert torch.equal(found.long(), torch.arange(1024).repeat_interleave(counts))
+
+
+TURNED_ROWS, TURNED_PAIRS = 192, 3
+
+
+@cute.jit
+def turn(rows: Int32, mTiles: cute.Tensor):
+    """Writes (row, end, width, n) of every (unit, rank) of an expert."""
+    for unit in range(schedule.units_of(rows, TURNED_ROWS, TURNED_PAIRS, 1)):
+        for rank in range(2):
+            tile = schedule.turned_tile(unit, rows, rank, TURNED_ROWS)
+            at = 2 * unit + rank
+            mTiles[at, 0] = tile.row
+            mTiles[at, 1] = tile.end
+            mTiles[at, 2] = tile.width
+            mTiles[at, 3] = tile.n
+
+
+@pytest.fixture(scope="module")
+def compiled_turn():
+    tiles = torch.zeros((4, 4), dtype=torch.int32)
+    return cute.compile(turn, Int32(0), from_dlpack(tiles).mark_layout_dynamic())
+
+
+def test_turned_tiles_of_any_expert_are_even_and_hold_every_row_once(compiled_turn):
+    tile = RowTile(TURNED_ROWS, 5, "turned")
+    widths = RowGemm("down", 64, 64, 1, "bfloat16", "swiglu", tile).widths
+    assert all(width % 8 == 0 for width in widths) and widths[-1] == TURNED_ROWS
+    for rows in (*range(6000), 24_576, 100_001, 2**24 + 1):
+        count = -(-rows // TURNED_ROWS)
+        tiles = torch.full((2 * TURNED_PAIRS * count + 2, 4), -1, dtype=torch.int32)
+        compiled_turn(rows, from_dlpack(tiles).mark_layout_dynamic())
+        assert (tiles[-2:] == -1).all()
+        row, end, width, n = tiles[:-2].view(TURNED_PAIRS, count, 2, 4).unbind(-1)
+        assert (n == torch.arange(2 * TURNED_PAIRS).view(TURNED_PAIRS, 1, 2)).all()
+        assert (row == row[:1, :, :1]).all() and (end == end[:1, :, :1]).all()
+        if rows:
+            row, end = row[0, :, 0], end[0, :, 0]
+            assert row[0] == 0 and end[-1] == rows
+            assert (row < end).all() and torch.equal(end[:-1], row[1:])
+            assert width.unique().numel() == 1 and width[0, 0, 0] in widths
+            assert (end - row <= width[0, :, 0]).all()
+            spare = width[0, 0, 0] - -(-rows // count)
+            assert 0 <= spare < (8 if count > 1 else 32)

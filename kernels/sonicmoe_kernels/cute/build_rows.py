@@ -16,10 +16,12 @@ from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed
 from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
 from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
+from sonicmoe_kernels.cute.turned import DInputTurned, DownTurned
 from sonicmoe_kernels.cute.up import Up
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
 KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
+TURNED = {"down": DownTurned, "d_input": DInputTurned}
 TMA_ALIGN = 16  # bytes
 
 
@@ -72,7 +74,9 @@ def build(gemm: RowGemm) -> Any:
 
 def instance_of(gemm: RowGemm) -> GroupedGemmM:
     """The kernel's object, by name and schedule."""
-    return DHiddenRelayed(gemm) if gemm.relayed else KERNELS[gemm.kernel](gemm)
+    if gemm.relayed:
+        return DHiddenRelayed(gemm)
+    return (TURNED if gemm.turned else KERNELS)[gemm.kernel](gemm)
 
 
 def compile_instance(kernel: GroupedGemmM) -> Any:

@@ -71,6 +71,16 @@ class Gathered(NamedTuple):
     mIndex: cute.Tensor
 
 
+class Loads(NamedTuple):
+    """What a producer loads from and to."""
+
+    a: TmaMap | Gathered
+    sA: cute.Tensor
+    weights: tuple  # maps of each weight
+    sources: list  # of each weight, partitioned
+    rank: Int32
+
+
 class Walk(NamedTuple):
     """The schedule's tables, and which CTA of which cluster walks over the units."""
 
@@ -109,10 +119,11 @@ class GroupedGemmM(MainLoop):
         self.gemm = gemm
         self.tile = gemm.tile
         self.dtype = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}[gemm.dtype]
-        self.pingpong = gemm.tile.schedule == "pingpong"
+        self.pingpong = gemm.pingpong
         self.gathers = gemm.gathers
         self.row_blocks = 2 if self.pingpong else 1  # blocks of 64 rows a warpgroup owns
         self.k_tiles = gemm.k_tiles
+        self.shared_by = CLUSTER  # CTAs, one tile of weights
         self.b_major = OperandMajorMode.MN if weights_are_n_major else OperandMajorMode.K
         self.b_layout = LayoutEnum.COL_MAJOR if weights_are_n_major else LayoutEnum.ROW_MAJOR
         kind = "gathered" if gemm.gathers else "tma"
@@ -184,14 +195,7 @@ class GroupedGemmM(MainLoop):
 
     def weight_maps(self, mW: cute.Tensor) -> WeightMaps:
         """TMA maps of mW (E, rows, columns), seen as (N, K, E)."""
-        experts, rows, columns = mW.shape
-        experts = Int32(experts)  # all static, the extent E * D * F would have to fit 32 bits
-        expert_stride = rows * columns
-        if const_expr(self.b_major == OperandMajorMode.K):
-            shape, stride = (rows, columns, experts), (columns, 1, expert_stride)
-        else:
-            shape, stride = (columns, rows, experts), (1, columns, expert_stride)
-        view = cute.make_tensor(mW.iterator, cute.make_layout(shape, stride=stride))
+        view = self.weight_view(mW)
         one_stage = cute.slice_(self.source_layout, (None, None, 0))
         box = (self.gemm.n_step, TILE_K)
         shared = cpasync.make_tiled_tma_atom(
@@ -199,6 +203,17 @@ class GroupedGemmM(MainLoop):
         )
         own = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), view, one_stage, box)
         return WeightMaps(*shared, *own)
+
+    def weight_view(self, mW: cute.Tensor) -> cute.Tensor:
+        """mW (E, rows, columns) as (N, K, E)."""
+        experts, rows, columns = mW.shape
+        experts = Int32(experts)  # all static, the extent E * D * F would have to fit 32 bits
+        expert_stride = rows * columns
+        if const_expr(self.b_major == OperandMajorMode.K):
+            shape, stride = (rows, columns, experts), (columns, 1, expert_stride)
+        else:
+            shape, stride = (columns, rows, experts), (1, columns, expert_stride)
+        return cute.make_tensor(mW.iterator, cute.make_layout(shape, stride=stride))
 
     def contiguous_a(self, mA: cute.Tensor) -> TmaMap:
         """TMA map of A (R_max, K). Rows past an expert's end are clipped when C is stored."""
@@ -293,9 +308,9 @@ class GroupedGemmM(MainLoop):
             sWarpSums,
             gemm.num_experts,
             THREADS,
-            TILE_M,
+            gemm.tile_rows,
             gemm.n_tiles,
-            CLUSTER,
+            self.shared_by,
         )
         cute.arch.cluster_wait()
         cute.arch.sync_threads()
@@ -387,16 +402,16 @@ class GroupedGemmM(MainLoop):
     @cute.jit
     def locate(self, walk, unit: Int32, expert: Int32):
         """(expert, its first row, its rows, this CTA's tile) of a unit not before `expert`'s."""
-        n_tiles, num_experts = self.gemm.n_tiles, self.gemm.num_experts
-        expert = schedule.find_expert(unit, expert, walk.sStart, num_experts)
+        expert = schedule.find_expert(unit, expert, walk.sStart, self.gemm.num_experts)
         first = walk.sOffsets[expert]
         length = walk.sOffsets[expert + 1] - first
-        unit -= walk.sStart[expert]
+        return expert, first, length, self.tile_at(unit - walk.sStart[expert], length, walk.rank)
+
+    def tile_at(self, unit: Int32, rows: Int32, rank: Int32) -> schedule.Tile:
+        """A CTA's tile of a unit, counted from its expert's first."""
         if const_expr(self.tile.dynamic):
-            at = schedule.tile_of_drawn(unit, length, walk.rank, TILE_M, n_tiles)
-        else:
-            at = schedule.tile_of(unit, length, walk.rank, TILE_M, n_tiles, CLUSTER)
-        return expert, first, length, at
+            return schedule.tile_of_drawn(unit, rows, rank, TILE_M, self.gemm.n_tiles)
+        return schedule.tile_of(unit, rows, rank, TILE_M, self.gemm.n_tiles, CLUSTER)
 
     # ----------------------------------------------------- device: producer
 
@@ -408,7 +423,7 @@ class GroupedGemmM(MainLoop):
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.tile.stages)
         sources = [self.partition_weight(maps, sSource, walk.rank) for maps in weights]
-        mask = Int16(MULTICAST_MASK)
+        loads = Loads(a, sA, weights, sources, walk.rank)
         if const_expr(gemm.gathers):
             atom = gather.gather_atom(self.dtype)
             rows_per_pass = gather.rows_per_pass(self.producer_warps)
@@ -421,8 +436,8 @@ class GroupedGemmM(MainLoop):
             if const_expr(self.tile.dynamic):
                 number = self.draw(walk, total, thread)
             expert, first, length, at = self.locate(walk, unit, expert)
-            row, end = first + at.m * TILE_M, first + length
             if const_expr(gemm.gathers):
+                row, end = first + at.m * TILE_M, first + length
                 gather.load_row_indices(a.mIndex, rRows, row, end, thread)
                 if const_expr(self.tile.dynamic):  # the number has come when the indices have
                     self.hand_out(walk, turn + 1, walk.clusters + number, thread)
@@ -432,30 +447,7 @@ class GroupedGemmM(MainLoop):
                         self.hand_out_late(walk, turn + 1, walk.clusters + number, thread, k)
                     stages.sync_object_empty.wait(state.index, state.phase)
                     if warp_index == 0:
-                        stages.sync_object_full.arrive(state.index, None)  # expects the bytes
-                        barrier = stages.producer_get_barrier(state)
-                        for n_source in cutlass.range_constexpr(gemm.n_sources):
-                            shared_s, shared_g, own_s, own_g = sources[k_source + n_source]
-                            maps = weights[k_source + n_source]
-                            slot = state.index * gemm.n_sources + n_source
-                            if at.shared_weights == 1:
-                                cute.copy(
-                                    maps.shared_atom,
-                                    shared_g[None, at.n, k, expert],
-                                    shared_s[None, slot],
-                                    tma_bar_ptr=barrier,
-                                    mcast_mask=mask,
-                                )
-                            else:
-                                cute.copy(
-                                    maps.own_atom,
-                                    own_g[None, at.n, k, expert],
-                                    own_s[None, slot],
-                                    tma_bar_ptr=barrier,
-                                )
-                        if const_expr(not gemm.gathers):
-                            depth = k_source * (gemm.k // TILE_K) + k
-                            self.load_a(a, sA, row, depth, state.index, barrier)
+                        self.load_by_tma(stages, state, loads, k_source, k, expert, first, at)
                     if const_expr(gemm.gathers):
                         sTile = sA_linear + state.index * (TILE_M * TILE_K)
                         upper = TILE_M // 2 // rows_per_pass  # first pass of the upper 64
@@ -472,6 +464,35 @@ class GroupedGemmM(MainLoop):
         if const_expr(self.tile.dynamic and self.pingpong):
             # the warpgroup that would take a turn behind the last learns that there is none
             self.hand_out(walk, turn + 1, total, thread)
+
+    @cute.jit
+    def load_by_tma(self, stages, state, loads, source: cutlass.Constexpr, k, expert, first, at):
+        """Starts what TMA loads of a stage: k tile `k` of `source`, what is stacked on it, and A."""
+        gemm = self.gemm
+        stages.sync_object_full.arrive(state.index, None)  # expects the bytes
+        barrier = stages.producer_get_barrier(state)
+        for n_source in cutlass.range_constexpr(gemm.n_sources):
+            shared_s, shared_g, own_s, own_g = loads.sources[source + n_source]
+            maps = loads.weights[source + n_source]
+            slot = state.index * gemm.n_sources + n_source
+            if at.shared_weights == 1:
+                cute.copy(
+                    maps.shared_atom,
+                    shared_g[None, at.n, k, expert],
+                    shared_s[None, slot],
+                    tma_bar_ptr=barrier,
+                    mcast_mask=Int16(MULTICAST_MASK),
+                )
+            else:
+                cute.copy(
+                    maps.own_atom,
+                    own_g[None, at.n, k, expert],
+                    own_s[None, slot],
+                    tma_bar_ptr=barrier,
+                )
+        if const_expr(not gemm.gathers):
+            depth = source * (gemm.k // TILE_K) + k
+            self.load_a(loads.a, loads.sA, first + at.m * TILE_M, depth, state.index, barrier)
 
     def partition_weight(self, maps: WeightMaps, sSource: cute.Tensor, rank: Int32) -> tuple:
         """(shared, global) of the multicast map, then of a CTA's own; global is (box, N, K, E)."""
@@ -501,11 +522,7 @@ class GroupedGemmM(MainLoop):
     def consume(self, stages, walk, tiled_mma, chunk_mma, epilogue, memory, sA, sB):
         """Multiplies and runs the epilogue of all tiles of this warpgroup."""
         gemm = self.gemm
-        mma_slice = 0 if const_expr(self.pingpong) else memory.group * WARPGROUP
-        shape = (TILE_M, self.tile.tile_n)
-        operands = self.make_operands(tiled_mma, mma_slice, shape, sA, sB)
-        rAcc = operands[1]
-        registers = self.epilogue_registers()
+        operands = self.tile_operands(tiled_mma, chunk_mma, memory, sA, sB)
         read = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.tile.stages)
         expert, turn = Int32(0), Int32(0)
         unit = walk.cluster
@@ -526,14 +543,11 @@ class GroupedGemmM(MainLoop):
         tiles_done = Int32(0)
         while unit < total:
             expert, first, length, at = self.locate(walk, unit, expert)
-            row = at.m * TILE_M
-            if const_expr(not self.pingpong):
-                row += memory.group * WARPGROUP_ROWS
-            output = OutputTile(first, length, row, at.n)
-            if row < length:
-                self.before_main_loop(epilogue, registers, memory, output)
-                read, release = self.multiply_tile(stages, read, release, operands, memory)
-                self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
+            output = self.output_tile(first, length, at, memory)
+            if output.row < output.length:
+                read, release = self.compute_tile(
+                    stages, read, release, operands, epilogue, memory, output, tiles_done
+                )
                 tiles_done += 1
             elif const_expr(not self.pingpong):
                 # No row of this block of 64 belongs to the expert: let the stages pass by.
@@ -551,9 +565,35 @@ class GroupedGemmM(MainLoop):
         if memory.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
 
+    def tile_operands(self, tiled_mma, chunk_mma, memory, sA, sB) -> tuple:
+        """What `compute_tile` needs of a thread, tile after tile.
+
+        Operands of the main loop, registers of the epilogue, fragments of its chunks.
+        """
+        mma_slice = 0 if const_expr(self.pingpong) else memory.group * WARPGROUP
+        operands = self.make_operands(tiled_mma, mma_slice, (TILE_M, self.tile.tile_n), sA, sB)
+        return operands, self.epilogue_registers(), chunk_mma
+
+    def output_tile(self, first: Int32, length: Int32, at, memory) -> OutputTile:
+        """Where this warpgroup's part of a tile lies."""
+        row = at.m * TILE_M
+        if const_expr(not self.pingpong):
+            row += memory.group * WARPGROUP_ROWS
+        return OutputTile(first, length, row, at.n)
+
     @cute.jit
-    def multiply_tile(self, stages, read, release, operands: tuple, memory):
-        """The main loop of a tile; (read, release) behind it."""
+    def compute_tile(self, stages, read, release, operands, epilogue, memory, output, tiles_done):
+        """Main loop and epilogue of a tile; (read, release) behind it."""
+        operands, registers, chunk_mma = operands
+        self.before_main_loop(epilogue, registers, memory, output)
+        read, release = self.main_loop(stages, read, release, operands, memory)
+        rAcc = operands[1]
+        self.run_epilogue(epilogue, registers, memory, chunk_mma, rAcc, output, tiles_done)
+        return read, release
+
+    @cute.jit
+    def main_loop(self, stages, read, release, operands: tuple, memory):
+        """All k tiles of a tile; (read, release) behind it."""
         if const_expr(self.pingpong):
             # In-order main loops: a group that waits too far ahead sees parity alias.
             cute.arch.barrier(

@@ -24,6 +24,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, const_expr
 
+from sonicmoe_kernels.tiles import COARSE_STEP, FINE_STEP
+
 WARP = 32
 
 
@@ -112,6 +114,34 @@ def tile_of_drawn(
         n = 2 * step + rank
         shared = Int32(0)
     return Tile(m, n, shared)
+
+
+class TurnedTile(NamedTuple):
+    """Rows [row, end) of an expert, the `width` of their product, and a CTA's n tile."""
+
+    row: Int32
+    end: Int32
+    width: Int32
+    n: Int32
+
+
+@cute.jit
+def turned_tile(unit: Int32, rows: Int32, rank: Int32, tile_rows: Constexpr) -> TurnedTile:
+    """The tile of CTA `rank` in `unit`, where rows lie along N of the product.
+
+    An expert has as few tiles of up to tile_rows as it needs, all of one width, the last one filled
+    by less than it. Rows are innermost: units that share weights follow each other. The CTAs of a
+    cluster share the rows and have two n.
+    """
+    tiles = (rows + (tile_rows - 1)) // tile_rows
+    width = (rows + tiles - 1) // tiles
+    if width > tile_rows // 2:
+        width = (width + (FINE_STEP - 1)) // FINE_STEP * FINE_STEP
+    else:
+        width = (width + (COARSE_STEP - 1)) // COARSE_STEP * COARSE_STEP
+    pair = unit // tiles
+    row = (unit - pair * tiles) * width
+    return TurnedTile(row, cutlass.min(row + width, rows), width, 2 * pair + rank)
 
 
 @cute.jit
