@@ -467,7 +467,7 @@ class GroupedGemmM(MainLoop):
 
     @cute.jit
     def load_by_tma(self, stages, state, loads, source: cutlass.Constexpr, k, expert, first, at):
-        """Starts what TMA loads of a stage: k tile `k` of `source`, what is stacked on it, and A."""
+        """Starts what TMA loads of a stage: k tile `k` of `source`, of what is stacked on it, A."""
         gemm = self.gemm
         stages.sync_object_full.arrive(state.index, None)  # expects the bytes
         barrier = stages.producer_get_barrier(state)
