@@ -78,7 +78,12 @@ WEIGHT_TILES = (
 DRAWN = dataclasses.replace(PINGPONG, dynamic=True)
 TURNED = dataclasses.replace(PINGPONG, schedule="turned")
 VARIANTS = {
-    "up": (RowTile(256, 4), RowTile(256, 4, dynamic=True)),
+    "up": (
+        RowTile(256, 4),
+        RowTile(256, 4, dynamic=True),
+        RowTile(176, 3, "turned"),
+        RowTile(176, 3, "turned", dynamic=True),
+    ),
     "down": (PINGPONG, DRAWN, TURNED, RowTile(192, 5, "pingpong", epi_n=64), WIDE),
     "d_hidden": (
         RowTile(256, 3, load_sets=2),

@@ -108,8 +108,9 @@ class RowGemm:
 
     @property
     def n_tiles(self) -> int:
-        """Column tiles of a row tile; turned, pairs of them: one for each CTA of a cluster."""
-        return -(-self.n // (CLUSTER * self.n_step if self.turned else self.n_step))
+        """Column tiles of a row tile; pairs of them where the CTAs of a cluster share rows."""
+        shares_rows = self.turned and not self.gathers
+        return -(-self.n // (CLUSTER * self.n_step if shares_rows else self.n_step))
 
     @property
     def k_tiles(self) -> int:
@@ -144,11 +145,12 @@ class RowGemm:
     @property
     def widths(self) -> tuple[int, ...]:
         """N of the kernel's products. Turned: fine from where experts have two tiles."""
-        tile_n = self.tile.tile_n
         if not self.turned:
-            return (tile_n,)
-        fine = range(tile_n // 2 + FINE_STEP, tile_n + 1, FINE_STEP)
-        return (*range(COARSE_STEP, tile_n // 2 + 1, COARSE_STEP), *fine)
+            return (self.tile.tile_n,)
+        half = self.tile_rows // 2
+        coarse = range(COARSE_STEP, half + COARSE_STEP, COARSE_STEP)
+        fine = range((half // FINE_STEP + 1) * FINE_STEP, self.tile_rows + 1, FINE_STEP)
+        return tuple(sorted({*coarse, *fine}))
 
     @property
     def turned(self) -> bool:
@@ -158,7 +160,7 @@ class RowGemm:
     @property
     def pingpong(self) -> bool:
         """Whether the consumers take turns, a whole tile each."""
-        return self.tile.schedule in ("pingpong", "turned")
+        return self.tile.schedule == "pingpong" or (self.turned and not self.gathers)
 
     @property
     def store_buffers(self) -> int:
@@ -210,10 +212,14 @@ def why_illegal(gemm: RowGemm) -> str | None:
     blocks = 2 if gemm.pingpong else 1
     if gemm.pingpong and tile.tile_n * blocks // 2 > 192:
         return "ping-pong keeps a whole tile in one warpgroup: over 192 accumulators a thread spill"
-    if gemm.turned and gemm.kernel not in ("down", "d_input"):
-        return "turned tiles are for down and d_input: their rows are loaded by TMA"
-    if gemm.turned and (tile.tile_n % (2 * TURNED_BOX_ROWS) or tile.epi_sets > blocks):
-        return f"a turned tile has rows by {2 * TURNED_BOX_ROWS} and a store set for each block"
+    if gemm.turned and (gemm.kernel == "d_hidden" or tile.tile_n > 192):
+        return "turned tiles are for up, down and d_input, of up to 192 rows: more sums spill"
+    if gemm.turned and tile.epi_sets > blocks:
+        return (
+            f"epi_sets={tile.epi_sets}: a turned tile's {blocks} blocks have a set each, or share"
+        )
+    if gemm.turned and not gemm.gathers and tile.tile_n % TURNED_BOX_ROWS:
+        return f"tile_n={tile.tile_n}: TMA loads {TURNED_BOX_ROWS} rows of a turned tile at once"
     if gemm.relayed and gemm.kernel != "d_hidden":
         return "a relayed epilogue is written for d_hidden only"
     if gemm.relayed and tile.epi_n != 32:

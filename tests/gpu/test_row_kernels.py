@@ -84,15 +84,17 @@ def test_every_width_works_on_every_routing(
 
 @pytest.mark.parametrize(("kernel", "tile"), TURNED, ids=str)
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("widths", [(192, 192), (768, 256)], ids=lambda w: f"D{w[0]}_F{w[1]}")
+@pytest.mark.parametrize(
+    "case",
+    [Case(3000, 192, 192, 24, 3), Case(3000, 768, 256, 24, 3, activation="relu2")],
+    ids=lambda case: case.name,
+)
 def test_turned_tiles_of_every_width_are_right(
-    widths: tuple[int, int], routing: str, kernel: str, tile: RowTile
+    case: Case, routing: str, kernel: str, tile: RowTile
 ) -> None:
-    """3000 tokens: with three of 24 experts each, one has none, some or several tiles of rows."""
+    """An expert has none, some or several tiles of rows."""
     with forced_tile(kernel, tile):
-        CHECKS[kernel](
-            make_problem(Case(3000, *widths, E=24, K=3, routing=routing), torch.bfloat16)
-        )
+        CHECKS[kernel](make_problem(dataclasses.replace(case, routing=routing), torch.bfloat16))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -164,7 +164,6 @@ class Machine(Warps):
             ),
             "warpgroup": SimpleNamespace(wait_group=self.wait_products),
             "gather": SimpleNamespace(
-                gather_atom=Anything(),
                 rows_per_pass=gather.rows_per_pass,
                 load_row_indices=self.load_row_indices,
                 gather_rows=self.gather_rows,
@@ -269,11 +268,10 @@ class Machine(Warps):
     def partition_weight(_maps, _sSource, rank):
         return Anything(), Coordinates(), Anything(), Coordinates()
 
-    def load_row_indices(self, _mIndex, rRows, first_row, end_row, thread):
-        passes = len(rRows)
-        rRows[:] = [(first_row, end_row, p * (TILE_M // passes)) for p in range(passes)]
+    def load_row_indices(self, _mIndex, rRows, first_row, end_row, thread, rows):
+        rRows[:] = [(first_row, end_row, p * rows) for p in range(len(rRows))]
 
-    def gather_rows(self, _atom, _mX, rRows, k, sTile, thread, _length, first_pass, passes):
+    def gather_rows(self, _mX, rRows, k, sTile, thread, _length, _rows, first_pass, passes):
         agent, stage = self.agent, sTile // (TILE_M * TILE_K)
         for p in range(first_pass, first_pass + passes):
             self.copies[agent].append((stage, thread // 32, rRows[p], k))

@@ -28,9 +28,9 @@ class Sass:
     def count(self, mnemonic: str) -> int:
         return sum(mnemonic in line for line in self.instructions)
 
-    def main_loop(self) -> list[str]:
-        """From the first to the last matrix instruction."""
-        at = [i for i, line in enumerate(self.instructions) if "HGMMA" in line]
+    def main_loop(self, width: int) -> list[str]:
+        """From the first to the last matrix instruction whose N is `width`."""
+        at = [i for i, line in enumerate(self.instructions) if f"HGMMA.64x{width}x16" in line]
         return self.instructions[at[0] : at[-1] + 1]
 
 

@@ -11,7 +11,9 @@ cutlass = pytest.importorskip("cutlass")
 import cutlass.cute as cute  # noqa: E402
 from cutlass import Constexpr, Int32  # noqa: E402
 from cutlass.cute.runtime import from_dlpack  # noqa: E402
-from sonicmoe_kernels.cute.turned import BOX_ROWS, DInputTurned, stored_at  # noqa: E402
+from sonicmoe_kernels.cute.plain_turned import BOX_ROWS, DInputTurned  # noqa: E402
+from sonicmoe_kernels.cute.turned import stored_at  # noqa: E402
+from sonicmoe_kernels.cute.up_turned import UpTurned  # noqa: E402
 from sonicmoe_kernels.tiles import TILE_K, TILE_M, RowGemm, RowTile  # noqa: E402
 
 TILE = RowTile(192, 2, "turned", epi_n=32, epi_sets=2)
@@ -92,3 +94,30 @@ def test_a_chunk_is_stored_where_tma_reads_it():
         warp, matrix, row = thread // 32, thread % 32 // 8, thread % 8
         stored = chunk[matrix // 2 * 8 + row, warp * 16 + matrix % 2 * 8 :][:8]
         assert stored.tolist() == list(range(offset, offset + 8))
+
+
+UP = UpTurned(RowGemm("up", 64, 128, 1, "bfloat16", "swiglu", RowTile(192, 2, "turned")))
+
+
+@cute.jit
+def weight_offsets(mSources: cute.Tensor, mWeights: cute.Tensor):
+    """Offset of every (stage, half, warpgroup, column, k): as loaded, as a warpgroup has it."""
+    UP.make_layouts()
+    source = UP.source_layout.outer
+    weights = UP.weights_layout()
+    for stage in range(2):
+        for half in range(2):
+            for group in range(2):
+                for column in range(64):
+                    for k in range(TILE_K):
+                        at = (64 * group + column, k, 2 * stage + half)
+                        mSources[stage, half, group, column, k] = source(at)
+                        own = group * UP.group_elements + weights((64 * half + column, k, stage))
+                        mWeights[stage, half, group, column, k] = own
+
+
+def test_a_warpgroup_has_the_same_columns_of_both_halves():
+    found = torch.full((2, 2, 2, 2, 64, TILE_K), -1, dtype=torch.int32)
+    weight_offsets(*(from_dlpack(offsets) for offsets in found))
+    assert torch.equal(*found)
+    assert found[0].unique().numel() == found[0].numel()

@@ -16,12 +16,13 @@ from sonicmoe_kernels.cute.d_hidden_relayed import DHiddenRelayed
 from sonicmoe_kernels.cute.d_input import DInput
 from sonicmoe_kernels.cute.down import Down
 from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
-from sonicmoe_kernels.cute.turned import DInputTurned, DownTurned
+from sonicmoe_kernels.cute.plain_turned import DInputTurned, DownTurned
 from sonicmoe_kernels.cute.up import Up
+from sonicmoe_kernels.cute.up_turned import UpTurned
 from sonicmoe_kernels.tiles import RowGemm, why_illegal
 
 KERNELS = {"up": Up, "down": Down, "d_hidden": DHidden, "d_input": DInput}
-TURNED = {"down": DownTurned, "d_input": DInputTurned}
+TURNED = {"up": UpTurned, "down": DownTurned, "d_input": DInputTurned}
 TMA_ALIGN = 16  # bytes
 
 

@@ -12,9 +12,8 @@ t // 8 + 16 * pass, whose indices it keeps in registers for all k tiles of an ou
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64
-from cutlass.cute.nvgpu import cpasync
 
-from sonicmoe_kernels.tiles import TILE_K, TILE_M
+from sonicmoe_kernels.tiles import TILE_K
 
 CHUNK_BYTES = 16
 CHUNK = 8  # elements of 16 bits in a chunk
@@ -26,23 +25,21 @@ def rows_per_pass(warps: int) -> int:
     return warps * 32 // CHUNKS_PER_ROW
 
 
-def gather_atom(dtype):
-    """16-byte cp.async that bypasses L1."""
-    operation = cpasync.CopyG2SOp(cpasync.LoadCacheMode.GLOBAL)
-    return cute.make_copy_atom(operation, dtype, num_bits_per_copy=8 * CHUNK_BYTES)
-
-
 @cute.jit
 def load_row_indices(
-    mIndex: cute.Tensor, rRows: cute.Tensor, first_row: Int32, end_row: Int32, thread: Int32
+    mIndex: cute.Tensor,
+    rRows: cute.Tensor,
+    first_row: Int32,
+    end_row: Int32,
+    thread: Int32,
+    rows: Constexpr,
 ):
-    """Fills rRows (TILE_M / rows of one pass,) with this thread's source rows.
+    """Fills rRows with this thread's source rows, one of the `rows` of every pass.
 
     Rows past `end_row` repeat the expert's last one: their products are clipped when stored,
     reading garbage indices would not be safe, and a fixed row (0, say) would make one L2 line hot
     for the whole GPU.
     """
-    rows = TILE_M // cute.size(rRows)  # of one pass
     for p in cutlass.range_constexpr(cute.size(rRows)):
         row = first_row + p * rows + thread // CHUNKS_PER_ROW
         rRows[p] = mIndex[cutlass.min(row, end_row - 1)]
@@ -50,31 +47,32 @@ def load_row_indices(
 
 @cute.jit
 def gather_rows(
-    atom: cute.CopyAtom,
     mX: cute.Tensor,
     rRows: cute.Tensor,
     k: Int32,
     sTile: cute.Pointer,
     thread: Int32,
     row_length: Constexpr,
+    rows: Constexpr,
     first_pass: Constexpr,
     passes: Constexpr,
 ):
-    """Starts the copies of columns [64 k, 64 k + 64) of indexed rows into `sTile`, in `passes`.
+    """Starts the copies of columns [64 k, 64 k + 64) of indexed rows into `sTile`.
+
+    In `passes` of `rows`, from `first_pass` on.
 
     `sTile` is a pointer without swizzle; the 128-byte swizzle is applied here (chunk ^ row % 8).
-    Offsets into mX are 64-bit: T * D may exceed 2^31.
+    Offsets into mX are 64-bit: T * D may exceed 2^31. In PTX: an address that is known to be a
+    multiple of 16 bytes only by its terms is rounded to one by `cute.copy`, twice a chunk.
     """
     row = thread // CHUNKS_PER_ROW
     chunk = thread % CHUNKS_PER_ROW
     column = k * TILE_K + chunk * CHUNK
     target = row * TILE_K + (chunk ^ (row % 8)) * CHUNK
-    rows = TILE_M // cute.size(rRows)  # of one pass
     for p in cutlass.range_constexpr(first_pass, first_pass + passes):
-        source = (mX.iterator + (Int64(rRows[p]) * row_length + column)).align(CHUNK_BYTES)
-        destination = (sTile + (target + p * rows * TILE_K)).align(CHUNK_BYTES)
-        cute.copy(
-            atom,
-            cute.make_tensor(source, cute.make_layout(CHUNK)),
-            cute.make_tensor(destination, cute.make_layout(CHUNK)),
+        source = cute.assume(Int64(rRows[p]) * row_length + column, divby=CHUNK)
+        destination = cute.assume(target + p * rows * TILE_K, divby=CHUNK)
+        cute.arch.inline_ptx(
+            f"cp.async.cg.shared.global [{{$r0}}], [{{$r1}}], {CHUNK_BYTES};",
+            read_only_args=[sTile + destination, mX.iterator + source],
         )

@@ -364,7 +364,8 @@ class GroupedGemmM(MainLoop):
         gathers = self.gemm.gathers
         threads = pipeline.Agent.Thread
         producers = 1 + 32 * self.producer_warps if gathers else 1
-        rows_by_tma = self.tile.tile_n + (0 if gathers else TILE_M)
+        gemm = self.gemm
+        rows_by_tma = gemm.n_sources * gemm.n_step + (0 if gathers else gemm.tile_rows)
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=storage.stage_barriers.data_ptr(),
             num_stages=self.tile.stages,
@@ -425,9 +426,8 @@ class GroupedGemmM(MainLoop):
         sources = [self.partition_weight(maps, sSource, walk.rank) for maps in weights]
         loads = Loads(a, sA, weights, sources, walk.rank)
         if const_expr(gemm.gathers):
-            atom = gather.gather_atom(self.dtype)
             rows_per_pass = gather.rows_per_pass(self.producer_warps)
-            rRows = cute.make_rmem_tensor(TILE_M // rows_per_pass, Int32)
+            rRows = cute.make_rmem_tensor(gemm.tile_rows // rows_per_pass, Int32)
             sA_linear = cute.recast_ptr(sA.iterator, dtype=self.dtype)  # without the swizzle
         expert, turn = Int32(0), Int32(0)
         unit = walk.cluster
@@ -437,8 +437,8 @@ class GroupedGemmM(MainLoop):
                 number = self.draw(walk, total, thread)
             expert, first, length, at = self.locate(walk, unit, expert)
             if const_expr(gemm.gathers):
-                row, end = first + at.m * TILE_M, first + length
-                gather.load_row_indices(a.mIndex, rRows, row, end, thread)
+                row, end = self.rows_of(first, length, at)
+                gather.load_row_indices(a.mIndex, rRows, row, end, thread, rows_per_pass)
                 if const_expr(self.tile.dynamic):  # the number has come when the indices have
                     self.hand_out(walk, turn + 1, walk.clusters + number, thread)
             for k_source in cutlass.range_constexpr(gemm.k_sources):
@@ -449,14 +449,8 @@ class GroupedGemmM(MainLoop):
                     if warp_index == 0:
                         self.load_by_tma(stages, state, loads, k_source, k, expert, first, at)
                     if const_expr(gemm.gathers):
-                        sTile = sA_linear + state.index * (TILE_M * TILE_K)
-                        upper = TILE_M // 2 // rows_per_pass  # first pass of the upper 64
-                        for passes in cutlass.range_constexpr(2):
-                            if passes == 0 or end - row > TILE_M // 2:
-                                first_pass = passes * upper
-                                gather.gather_rows(
-                                    atom, a.mX, rRows, k, sTile, thread, gemm.k, first_pass, upper
-                                )
+                        sTile = sA_linear + state.index * (gemm.tile_rows * TILE_K)
+                        self.gather_stage(a.mX, rRows, k, sTile, thread, end - row, at)
                         cute.arch.cp_async_mbarrier_arrive_noinc(stages.producer_get_barrier(state))
                     state.advance()
             turn += 1
@@ -464,6 +458,21 @@ class GroupedGemmM(MainLoop):
         if const_expr(self.tile.dynamic and self.pingpong):
             # the warpgroup that would take a turn behind the last learns that there is none
             self.hand_out(walk, turn + 1, total, thread)
+
+    def rows_of(self, first: Int32, length: Int32, at) -> tuple:
+        """A tile's first row, and the end of what it may gather."""
+        return first + at.m * TILE_M, first + length
+
+    @cute.jit
+    def gather_stage(self, mX, rRows, k, sTile, thread, rows: Int32, at):
+        """Starts the copies of a stage's rows; of at most 64, only the first 64."""
+        length, at_once = self.gemm.k, gather.rows_per_pass(self.producer_warps)
+        half = TILE_M // 2 // at_once  # passes of 64 rows
+        for passes in cutlass.range_constexpr(2):
+            if passes == 0 or rows > TILE_M // 2:
+                gather.gather_rows(
+                    mX, rRows, k, sTile, thread, length, at_once, passes * half, half
+                )
 
     @cute.jit
     def load_by_tma(self, stages, state, loads, source: cutlass.Constexpr, k, expert, first, at):

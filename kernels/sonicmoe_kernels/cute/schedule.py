@@ -117,21 +117,22 @@ def tile_of_drawn(
 
 
 class TurnedTile(NamedTuple):
-    """Rows [row, end) of an expert, the `width` of their product, and a CTA's n tile."""
+    """Rows [row, end) of an expert, the `width` of their product, a CTA's n tile, and 1 if the
+    cluster shares the weights.
+    """
 
     row: Int32
     end: Int32
     width: Int32
     n: Int32
+    shared_weights: Int32
 
 
 @cute.jit
-def turned_tile(unit: Int32, rows: Int32, rank: Int32, tile_rows: Constexpr) -> TurnedTile:
-    """The tile of CTA `rank` in `unit`, where rows lie along N of the product.
+def turned_width(rows: Int32, tile_rows: Constexpr) -> Int32:
+    """Width of all tiles of an expert where rows lie along N of the product.
 
-    An expert has as few tiles of up to tile_rows as it needs, all of one width, the last one filled
-    by less than it. Rows are innermost: units that share weights follow each other. The CTAs of a
-    cluster share the rows and have two n.
+    It has as few as it needs of up to tile_rows, the last one filled by less than the others.
     """
     tiles = (rows + (tile_rows - 1)) // tile_rows
     width = (rows + tiles - 1) // tiles
@@ -139,9 +140,20 @@ def turned_tile(unit: Int32, rows: Int32, rank: Int32, tile_rows: Constexpr) -> 
         width = (width + (FINE_STEP - 1)) // FINE_STEP * FINE_STEP
     else:
         width = (width + (COARSE_STEP - 1)) // COARSE_STEP * COARSE_STEP
+    return width
+
+
+@cute.jit
+def turned_tile(unit: Int32, rows: Int32, rank: Int32, tile_rows: Constexpr) -> TurnedTile:
+    """The tile of CTA `rank` in `unit` of clusters that share rows: its CTAs have two n.
+
+    Rows are innermost: units that have the same weights follow each other.
+    """
+    tiles = (rows + (tile_rows - 1)) // tile_rows
+    width = turned_width(rows, tile_rows)
     pair = unit // tiles
     row = (unit - pair * tiles) * width
-    return TurnedTile(row, cutlass.min(row + width, rows), width, 2 * pair + rank)
+    return TurnedTile(row, cutlass.min(row + width, rows), width, 2 * pair + rank, Int32(0))
 
 
 @cute.jit
