@@ -74,6 +74,7 @@ WEIGHT_TILES = (
     WeightTile(256, 4, 2),
     WeightTile(256, 4, 1),
     WeightTile(192, 4, 2),
+    WeightTile(256, 4, 2, short_end=True),
 )
 DRAWN = dataclasses.replace(PINGPONG, dynamic=True)
 TURNED = dataclasses.replace(PINGPONG, schedule="turned")

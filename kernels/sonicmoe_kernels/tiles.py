@@ -341,6 +341,7 @@ class WeightTile:
     """Tile of a weight gradient, 128 (along D) by tile_n (along F or halves * F).
 
     stages: k tiles in flight. cluster: CTAs, neighbours along D, that share the columns.
+    short_end: of an expert's last k tile only the blocks of 16 rows that have one are multiplied.
     Measured and left out (H100, 2026-11-22, five shapes): k tiles of 32 rows with 8 stages, 1.02 to
     1.2 times slower; clusters of four on 120 SMs (more do not fit), 0.95 to 1.04.
     """
@@ -348,6 +349,7 @@ class WeightTile:
     tile_n: int
     stages: int
     cluster: int
+    short_end: bool = False
 
 
 @dataclass(frozen=True)

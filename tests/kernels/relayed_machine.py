@@ -301,7 +301,7 @@ class Machine(Warps):
     def before_main_loop(self, _epilogue, _registers, _memory, output):
         self.agent.output = output
 
-    def multiply(self, _mma, rAcc, _rA, _rB, stage, accumulates):
+    def multiply(self, _mma, rAcc, _rA, _rB, stage, accumulates, _blocks):
         """Checks that a stage holds one k tile of the warpgroup's tile, whole."""
         agent, gemm = self.agent, self.gemm
         rows, weights = agent.products[stage] = self.stage_of(stage)

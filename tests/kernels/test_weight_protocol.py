@@ -29,22 +29,32 @@ GEMMS = [  # half an m tile, one n tile of two halves; an odd number of slabs, t
     WeightGemm("d_weight13", 320, 128, 2, "bfloat16", WeightTile(256, 3, 1)),
     WeightGemm("d_weight2", 192, 320, 1, "bfloat16", WeightTile(192, 2, 1)),
     WeightGemm("d_weight2", 128, 64, 1, "bfloat16", WeightTile(64, 2, 1)),
+    WeightGemm("d_weight13", 320, 128, 2, "bfloat16", WeightTile(256, 3, 1, short_end=True)),
+    WeightGemm("d_weight2", 192, 320, 1, "bfloat16", WeightTile(192, 2, 1, short_end=True)),
 ]
 
 
+def label(gemm):
+    ends = "-short" * gemm.tile.short_end
+    return f"{gemm.kernel}-{gemm.tile.tile_n}-{gemm.tile.stages}{ends}"
+
+
 def expected(gemm, machine):
-    """{(half, 64 rows of D, slab, expert): whose sums, of which unit, k tiles and column}."""
+    """{(half, 64 rows of D, slab, expert): whose sums, of which unit, k tiles, blocks, column}."""
     slabs = gemm.tile.tile_n // SLAB
     found = {}
     for slot, expert in enumerate(machine.order):
         rows = machine.offsets[expert + 1] - machine.offsets[expert]
         k_tiles = max(-(-rows // TILE_K), 1)
+        # A k tile that slabs are stored under is multiplied whole.
+        short = gemm.tile.short_end and k_tiles > slabs
+        blocks = -(-rows // 16) if short else k_tiles * TILE_K // 16
         for row in range(-(-gemm.d // ROWS)):
             for slab in range(gemm.n // SLAB):
                 half, column = divmod(slab, gemm.f // SLAB)
                 n, c = divmod(slab, slabs)
                 unit = (slot * gemm.m_units + row // CONSUMERS) * gemm.n_tiles + n
-                sums = ("sum", row % CONSUMERS, unit, k_tiles, c * FRAGMENT)
+                sums = ("sum", row % CONSUMERS, unit, k_tiles, blocks, c * FRAGMENT)
                 found[half, row, column, expert] = [sums] * 4
     return found
 
@@ -56,7 +66,7 @@ def check(gemm, counts, ctas, seed):
     assert machine.outputs == expected(gemm, machine)
 
 
-@pytest.mark.parametrize("gemm", GEMMS, ids=lambda g: f"{g.kernel}-{g.tile.tile_n}-{g.tile.stages}")
+@pytest.mark.parametrize("gemm", GEMMS, ids=label)
 def test_every_interleaving_stores_every_slab_once(gemm):
     assert why_illegal_weights(gemm) is None
     check_seeds(partial(check, gemm), str(gemm), COUNTS, 4)
@@ -77,10 +87,16 @@ def test_the_machine_notices_a_slab_that_is_held_twice(monkeypatch):
         check(GEMMS[0], [65, 300], 1, 0)
 
 
+def test_the_machine_notices_a_block_of_rows_that_is_left_out(monkeypatch):
+    monkeypatch.setattr(GroupedGemmK, "last_blocks", lambda self, rows, k_tiles: 2)
+    with pytest.raises(AssertionError):
+        check(GEMMS[3], [300, 300], 1, 0)
+
+
 def test_the_machine_notices_buffers_that_nobody_waits_for(monkeypatch):
-    def unwaited(self, out, tRrSlab, work, c):
+    def unwaited(self, out, work, c):
         buffer = out.consumer * STORE_BUFFERS + c % STORE_BUFFERS
-        cute.copy(out.copy, tRrSlab, out.tRsOut[None, None, None, buffer])
+        cute.copy(out.copy, out.held[c], out.tRsOut[None, None, None, buffer])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=0, number_of_threads=WARPGROUP)
         slab = work.n * (self.tile_n // SLAB) + c

@@ -62,10 +62,12 @@ class Words:
 
 
 class Sums(Accumulators):
-    """A consumer's sums: whose, of which unit, over how many k tiles."""
+    """A consumer's sums: whose, of which unit, over how many k tiles and blocks of 16 rows."""
+
+    blocks = 0
 
     def __getitem__(self, i):
-        return Symbol(("sum", *self.products[0], len(self.products), i))
+        return Symbol(("sum", *self.products[0], len(self.products), self.blocks, i))
 
 
 class WeightMachine(Machine):
@@ -160,13 +162,14 @@ class WeightMachine(Machine):
         self.barrier(("empty", state.index)).arrive(agent.threads // 32)
         self.pause()
 
-    def multiply(self, _mma, rSum, _g, _s, stage, accumulates):
+    def multiply(self, _mma, rSum, _g, _s, stage, accumulates, blocks):
         """Checks that k tiles come in turn."""
         agent = self.agent
         unit, k = agent.products[stage] = self.stage_b[stage]
         if not accumulates:
-            rSum.products = []
+            rSum.products, rSum.blocks = [], 0
         assert k == len(rSum.products)
+        rSum.blocks += blocks
         rSum.products.append((int(agent.name[-1]), unit))
         agent.running.append(stage)
 

@@ -30,7 +30,7 @@ from sonicmoe_kernels.cute.gather_k import (
     load_row_index,
     row_of_lane,
 )
-from sonicmoe_kernels.cute.main_loop import WARPGROUP, MainLoop
+from sonicmoe_kernels.cute.main_loop import K_BLOCKS, WARPGROUP, MainLoop
 from sonicmoe_kernels.cute.schedule_k import (
     expert_of_turn,
     next_level_unit,
@@ -97,8 +97,8 @@ class SlabStore(NamedTuple):
     stores: tuple  # a Store for each output
     sOut: cute.Tensor  # (64, 64, 2 consumers * buffers)
     copy: cute.TiledCopy  # registers to shared memory
-    thread_copy: cute.ThrCopy  # the thread's part of it
     tRsOut: cute.Tensor  # the thread's part of sOut
+    held: list  # the thread's rounded sums, slab by slab
     consumer: Int32
     is_issuer: Boolean  # true in the one warp that talks to TMA
 
@@ -133,6 +133,7 @@ class GroupedGemmK(MainLoop):
         self.tile_n = gemm.tile.tile_n
         self.stages = gemm.tile.stages
         self.cluster = gemm.tile.cluster
+        self.short_end = gemm.tile.short_end
         self.n_tiles, self.m_units = gemm.n_tiles, gemm.m_units
 
     @cute.jit
@@ -460,13 +461,13 @@ class GroupedGemmK(MainLoop):
         consumer: Int32,
     ):
         """Sums 64 x tile_n of every unit; stores it in slabs during the next unit or at the end."""
-        operands = self.make_operands(mma, consumer * WARPGROUP, (TILE_M, self.tile_n), sG, sS)
+        thread, shape = consumer * WARPGROUP, (TILE_M, self.tile_n)
+        operands = self.make_operands(mma, thread, shape, sG, sS)
         rSum = operands[1]
-        out = self.make_slab_store(mma_slab, stores, sOut, consumer)
         slabs = self.tile_n // SLAB
         slab_shape = mma_slab.partition_shape_C((ROWS, SLAB))
         rHeld = [cute.make_rmem_tensor(slab_shape, self.dtype) for _ in range(slabs)]
-        tRrHeld = [out.thread_copy.retile(rSlab) for rSlab in rHeld]
+        out = self.make_slab_store(mma_slab, stores, sOut, consumer, rHeld)
         for rSlab in rHeld:
             rSlab.fill(0)
 
@@ -481,32 +482,85 @@ class GroupedGemmK(MainLoop):
             # No product is in flight where both ways meet: the compiler would wait for every one.
             if k_tiles < slabs:  # not enough to store under
                 for c in cutlass.range_constexpr(slabs):
-                    self.put_slab(out, tRrHeld[c], held, c)
+                    self.put_slab(out, held, c)
                 next_work = self.next_work(walk, *waves)
                 state = self.start_stage(ring, state, operands, False)
                 state, release = self.multiply_stages(
                     ring, state, release, operands, Int32(1), k_tiles
                 )
                 release = self.finish_stage(ring, release, 0)
-            else:
-                for c in cutlass.range_constexpr(slabs):
-                    state = self.start_stage(ring, state, operands, c > 0)
-                    self.put_slab(out, tRrHeld[c], held, c)
-                    if const_expr(c > 0):
-                        release = self.finish_stage(ring, release, 1)
-                next_work = self.next_work(walk, *waves)
-                state, release = self.multiply_stages(
-                    ring, state, release, operands, Int32(slabs), k_tiles
+                if const_expr(self.short_end):
+                    self.hold(rSum, rHeld)
+            elif const_expr(not self.short_end):
+                state, release, next_work = self.multiply_unit(
+                    ring, state, release, operands, k_tiles, K_BLOCKS, out, held, walk, waves
                 )
-                release = self.finish_stage(ring, release, 0)
-            for c in cutlass.range_constexpr(slabs):
-                self.hold_slab(rSum, rHeld[c], c)
+            else:
+                blocks = self.last_blocks(work.rows, k_tiles)
+                for count in cutlass.range_constexpr(1, K_BLOCKS + 1):
+                    if blocks == count:
+                        # Sums of its own: shared ones would be moved where the ways meet.
+                        own = self.make_operands(mma, thread, shape, sG, sS)
+                        state, release, next_work = self.multiply_unit(
+                            ring, state, release, own, k_tiles, count, out, held, walk, waves
+                        )
+                        self.hold(own[1], rHeld)
+            if const_expr(not self.short_end):
+                self.hold(rSum, rHeld)
             held = work
             work = next_work
         for c in cutlass.range_constexpr(slabs):
-            self.put_slab(out, tRrHeld[c], held, c)
+            self.put_slab(out, held, c)
         if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(0, read=False)
+
+    @cute.jit
+    def last_blocks(self, rows: Int32, k_tiles: Int32) -> Int32:
+        """Blocks of 16 rows to multiply of the last k tile; all, where it is stored under."""
+        blocks = Int32(K_BLOCKS)
+        if k_tiles > self.tile_n // SLAB:
+            blocks = (rows - (k_tiles - 1) * TILE_K + 15) // 16
+        return blocks
+
+    @cute.jit
+    def multiply_unit(
+        self,
+        ring,
+        state,
+        release,
+        operands,
+        k_tiles,
+        blocks: cutlass.Constexpr,
+        out,
+        held,
+        walk,
+        waves,
+    ):
+        """The products of a unit, of its last k tile those of `blocks`, and stores under the first.
+
+        (state, release, what is next) behind it.
+        """
+        slabs = self.tile_n // SLAB
+        for c in cutlass.range_constexpr(slabs):
+            state = self.start_stage(ring, state, operands, c > 0)
+            self.put_slab(out, held, c)
+            if const_expr(c > 0):
+                release = self.finish_stage(ring, release, 1)
+        next_work = self.next_work(walk, *waves)
+        whole = k_tiles
+        if const_expr(blocks < K_BLOCKS):
+            whole = k_tiles - 1
+        state, release = self.multiply_stages(ring, state, release, operands, Int32(slabs), whole)
+        if const_expr(blocks < K_BLOCKS):
+            state = self.start_stage(ring, state, operands, True, blocks)
+            release = self.finish_stage(ring, release, 1)
+        release = self.finish_stage(ring, release, 0)
+        return state, release, next_work
+
+    def hold(self, rSum: cute.Tensor, rHeld: list):
+        """Rounds a unit's sums."""
+        for c in range(len(rHeld)):
+            self.hold_slab(rSum, rHeld[c], c)
 
     def hold_slab(self, rSum: cute.Tensor, rSlab: cute.Tensor, c: int):
         """Rounds the sums of slab `c`, which frees their registers."""
@@ -516,17 +570,18 @@ class GroupedGemmK(MainLoop):
             first = (c * words + i) * 2
             rWords[i] = round_pair(rSum[first], rSum[first + 1], self.dtype)
 
-    def make_slab_store(self, mma_slab, stores, sOut, consumer) -> SlabStore:
-        """How a consumer stores slabs."""
+    def make_slab_store(self, mma_slab, stores, sOut, consumer, rHeld: list) -> SlabStore:
+        """How a consumer stores the slabs in rHeld."""
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(self.transposed, 4), self.dtype)
         copy_slab = cute.make_tiled_copy_C(atom, mma_slab)
         thread_copy = copy_slab.get_slice(cute.arch.thread_idx()[0] % WARPGROUP)
         is_issuer = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4 == 0
         tRsOut = thread_copy.partition_D(sOut)
-        return SlabStore(stores, sOut, copy_slab, thread_copy, tRsOut, consumer, is_issuer)
+        held = [thread_copy.retile(rSlab) for rSlab in rHeld]
+        return SlabStore(stores, sOut, copy_slab, tRsOut, held, consumer, is_issuer)
 
     @cute.jit
-    def put_slab(self, out: SlabStore, tRrSlab: cute.Tensor, work: Work, c: cutlass.Constexpr):
+    def put_slab(self, out: SlabStore, work: Work, c: cutlass.Constexpr):
         """Brings slab `c` of a tile to shared memory and starts its store."""
         slabs = self.tile_n // SLAB
         barrier_id = BARRIER_STORE + out.consumer
@@ -536,7 +591,7 @@ class GroupedGemmK(MainLoop):
         if out.is_issuer:
             cute.arch.cp_async_bulk_wait_group(pending, read=True)
         cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
-        cute.copy(out.copy, tRrSlab, out.tRsOut[None, None, None, buffer])
+        cute.copy(out.copy, out.held[c], out.tRsOut[None, None, None, buffer])
         cute.arch.fence_proxy("async.shared", space="cta")
         cute.arch.barrier(barrier_id=barrier_id, number_of_threads=WARPGROUP)
         if out.is_issuer:

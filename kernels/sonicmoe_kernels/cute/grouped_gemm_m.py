@@ -12,7 +12,7 @@ Warp roles, 384 threads a CTA, one CTA a multiprocessor, clusters of two:
   all its 128 threads for gathered A; both land on the same mbarrier.
 - warpgroups 1 and 2 consume: wgmma with fp32 accumulators, then the epilogue. Cooperative: 64 rows
   of every tile each. Ping-pong: every second tile each, one's epilogue under the other's main
-  loop. Relayed: relayed.py.
+  loop. Relayed: relayed.py. Turned, with A's rows along N: turned.py.
 
 Shared memory: per stage (128 + N) * 128 bytes; store and load buffers of the epilogue; two tables
 of E + 1 numbers. Every CTA of a cluster has the same number of k tiles per unit, so stages stay in

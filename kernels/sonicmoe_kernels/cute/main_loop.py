@@ -10,7 +10,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, const_expr
 from cutlass.cute.nvgpu import warpgroup
 
+from sonicmoe_kernels.tiles import TILE_K
+
 WARPGROUP = 128
+K_BLOCKS = TILE_K // 16  # of a wgmma's depth, in a k tile
 
 
 class MainLoop:
@@ -26,11 +29,14 @@ class MainLoop:
         rAcc = cute.make_rmem_tensor(tiled_mma.partition_shape_C(shape), Float32)
         return tiled_mma, rAcc, rA, rB
 
-    def start_stage(self, ring, read, operands: tuple, accumulates: bool):
-        """Waits for a k tile and starts its products; the first of a tile overwrites the sums."""
+    def start_stage(self, ring, read, operands: tuple, accumulates: bool, blocks: int = K_BLOCKS):
+        """Waits for a k tile and starts its products; the first of a tile overwrites the sums.
+
+        blocks: of 16 along K, that are multiplied.
+        """
         ring.consumer_wait(read)
         self.fence_gathered()
-        self.multiply(*operands, read.index, accumulates)
+        self.multiply(*operands, read.index, accumulates, blocks)
         read.advance()
         return read
 
@@ -50,12 +56,21 @@ class MainLoop:
         return read, release
 
     @cute.jit
-    def multiply(self, tiled_mma, rAcc, rA, rB, stage, accumulates: cutlass.Constexpr):
+    def multiply(
+        self,
+        tiled_mma,
+        rAcc,
+        rA,
+        rB,
+        stage,
+        accumulates: cutlass.Constexpr,
+        blocks: cutlass.Constexpr,
+    ):
         """Issues the wgmmas of one stage."""
         warpgroup.fence()
         atom = cute.make_mma_atom(tiled_mma.op)
         atom.set(warpgroup.Field.ACCUMULATE, accumulates)
-        for block in cutlass.range_constexpr(cute.size(rA, mode=[2])):
+        for block in cutlass.range_constexpr(blocks):
             cute.gemm(atom, rAcc, rA[None, None, block, stage], rB[None, None, block, stage], rAcc)
             atom.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()

@@ -60,9 +60,13 @@ class TurnedOutput(NamedTuple):
 
 
 class Turned(GroupedGemmM):
-    """What kernels with turned tiles do otherwise. A subclass says what a warpgroup multiplies
-    (`blocks` of 64, `weights_of`) and stores (`store_tile`).
+    """What kernels with turned tiles do otherwise.
+
+    A subclass says what a warpgroup multiplies (`blocks` of 64, `weights_of`) and how its sums are
+    stored (`store_tile`).
     """
+
+    blocks: int
 
     def __init__(self, gemm: RowGemm):
         super().__init__(gemm)
