@@ -15,12 +15,12 @@ class ExpertKernel(NamedTuple):
 
 # One symbol serves both weight gradients, and one both aggregations.
 EXPERTS = {
-    "up": ExpertKernel({"up": "Up"}, ("up",)),
-    "down": ExpertKernel({"down": "Down"}, ("down",)),
+    "up": ExpertKernel({"up": "Up", "up_turned": "UpTurned"}, ("up",)),
+    "down": ExpertKernel({"down": "Down", "plain_turned": "DownTurned"}, ("down",)),
     "d_hidden": ExpertKernel(
         {"d_hidden": "DHidden", "d_hidden_relayed": "DHiddenRelayed"}, ("d_hidden",)
     ),
-    "d_input": ExpertKernel({"d_input": "DInput"}, ("d_input",)),
+    "d_input": ExpertKernel({"d_input": "DInput", "plain_turned": "DInputTurned"}, ("d_input",)),
     "d_weights": ExpertKernel({"grouped_gemm_k": "GroupedGemmK"}, ("d_weight2", "d_weight13")),
     "aggregate": ExpertKernel({"aggregate": "Aggregate"}, ("aggregate_out", "aggregate_dx")),
 }
