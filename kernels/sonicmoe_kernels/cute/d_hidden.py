@@ -102,7 +102,7 @@ class DHidden(GroupedGemmM):
         row = output.first + output.row + chunk // gemm.epi_chunks * WARPGROUP_ROWS
         column = output.n * gemm.epi_chunks + chunk % gemm.epi_chunks
         gRows = cute.domain_offset((row, 0, 0), tensors.h.mTensor)
-        sBox, gBox = self.partition_output(tensors.h, memory.sLoad, gRows, (0, None, None))
+        sBox, gBox = self.partition_boxes(tensors.h, memory.sLoad, gRows, (0, None, None))
         if memory.is_issuer:
             barrier = self.load_barrier(memory, load_set)
             with cute.arch.elect_one():
@@ -132,8 +132,8 @@ class DHidden(GroupedGemmM):
             row = output.row + block * WARPGROUP_ROWS
             gDH = expert_rows(tensors.dh.mTensor, output.first, output.length, row)
             gA = expert_rows(tensors.a.mTensor, output.first, output.length, row)
-            sBox, gDH = self.partition_output(tensors.dh, memory.sStore, gDH, (0, None, None))
-            _, gA = self.partition_output(tensors.a, memory.sStore, gA, (0, None))
+            sBox, gDH = self.partition_boxes(tensors.dh, memory.sStore, gDH, (0, None, None))
+            _, gA = self.partition_boxes(tensors.a, memory.sStore, gA, (0, None))
             for column_chunk in cutlass.range_constexpr(gemm.epi_chunks):
                 chunk = block * gemm.epi_chunks + column_chunk
                 load_set, store_set = chunk % load_sets, chunk % self.tile.epi_sets

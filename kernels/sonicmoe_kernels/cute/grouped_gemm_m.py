@@ -124,6 +124,7 @@ class GroupedGemmM(MainLoop):
         self.row_blocks = 2 if self.pingpong else 1  # blocks of 64 rows a warpgroup owns
         self.k_tiles = gemm.k_tiles
         self.shared_by = CLUSTER  # CTAs, one tile of weights
+        self.chunk = (WARPGROUP_ROWS, gemm.tile.epi_n)  # rows and columns of one store
         self.b_major = OperandMajorMode.MN if weights_are_n_major else OperandMajorMode.K
         self.b_layout = LayoutEnum.COL_MAJOR if weights_are_n_major else LayoutEnum.ROW_MAJOR
         kind = "gathered" if gemm.gathers else "tma"
@@ -165,12 +166,13 @@ class GroupedGemmM(MainLoop):
         self.source_layout = sm90.make_smem_layout_b(
             self.b_layout, source_shape, dtype, gemm.n_sources * tile.stages
         )
-        chunk = (WARPGROUP_ROWS, tile.epi_n)
         self.stores_per_group = tile.epi_sets * gemm.stores
         self.loads_per_group = tile.load_sets * gemm.loads
-        self.store_layout = sm90.make_smem_layout_epi(dtype, k_major, chunk, gemm.store_buffers)
+        self.store_layout = sm90.make_smem_layout_epi(
+            dtype, k_major, self.chunk, gemm.store_buffers
+        )
         self.load_layout = sm90.make_smem_layout_epi(
-            dtype, k_major, chunk, max(gemm.load_buffers, 1)
+            dtype, k_major, self.chunk, max(gemm.load_buffers, 1)
         )
 
         @cute.struct
@@ -222,18 +224,16 @@ class GroupedGemmM(MainLoop):
         return TmaMap(*cpasync.make_tiled_tma_atom(operation, mA, one_stage, (TILE_M, TILE_K)))
 
     def store_map(self, view: cute.Tensor) -> TmaMap:
-        """Map for storing chunks of 64 rows by epi_n columns."""
+        """Map for storing chunks."""
         chunk = cute.slice_(self.store_layout, (None, None, 0))
-        box = (WARPGROUP_ROWS, self.tile.epi_n)
         operation = cpasync.CopyBulkTensorTileS2GOp()
-        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, box))
+        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, self.chunk))
 
     def load_map(self, view: cute.Tensor) -> TmaMap:
-        """Map for loading chunks of 64 rows by epi_n columns."""
+        """Map for loading chunks."""
         chunk = cute.slice_(self.load_layout, (None, None, 0))
-        box = (WARPGROUP_ROWS, self.tile.epi_n)
         operation = cpasync.CopyBulkTensorTileG2SOp()
-        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, box))
+        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, self.chunk))
 
     def launch(self, mOffsets, a, weights, epilogue, num_ctas, stream, mCounter=None):
         """Launches num_ctas (even) persistent CTAs. mCounter: (1,), zero; where units are drawn."""
@@ -410,9 +410,10 @@ class GroupedGemmM(MainLoop):
 
     def tile_at(self, unit: Int32, rows: Int32, rank: Int32) -> schedule.Tile:
         """A CTA's tile of a unit, counted from its expert's first."""
+        gemm = self.gemm
         if const_expr(self.tile.dynamic):
-            return schedule.tile_of_drawn(unit, rows, rank, TILE_M, self.gemm.n_tiles)
-        return schedule.tile_of(unit, rows, rank, TILE_M, self.gemm.n_tiles, CLUSTER)
+            return schedule.tile_of_drawn(unit, rows, rank, gemm.tile_rows, gemm.n_tiles)
+        return schedule.tile_of(unit, rows, rank, gemm.tile_rows, gemm.n_tiles, CLUSTER)
 
     # ----------------------------------------------------- device: producer
 
@@ -519,10 +520,7 @@ class GroupedGemmM(MainLoop):
     def load_a(self, a, sA, row, k, stage, barrier):
         """Loads A's tile from row `row` and k tile `k` on."""
         rows = cute.domain_offset((row, 0), a.mTensor)
-        gA = cute.local_tile(rows, (TILE_M, TILE_K), (0, None))
-        sBox, gBox = cpasync.tma_partition(
-            a.atom, 0, cute.make_layout(1), cute.group_modes(sA, 0, 2), cute.group_modes(gA, 0, 2)
-        )
+        sBox, gBox = self.partition_boxes(a, sA, rows, (0, None), (TILE_M, TILE_K))
         cute.copy(a.atom, gBox[None, k], sBox[None, stage], tma_bar_ptr=barrier)
 
     # ----------------------------------------------------- device: consumers
@@ -678,20 +676,20 @@ class GroupedGemmM(MainLoop):
         return (block * tile_n + source * self.gemm.n_step + chunk * self.tile.epi_n) // 2
 
     @cute.jit
-    def partition_output(
+    def partition_boxes(
         self,
         tma_map,
-        sBuffers,
-        gRows,
+        sBoxes,
+        gTensor,
         inner_tiles: cutlass.Constexpr,
-        rows: cutlass.Constexpr = WARPGROUP_ROWS,
+        box: cutlass.Constexpr = None,
     ):
-        """TMA partition of (rows, columns, ...) coordinates into chunks of one row block."""
-        gTiles = cute.local_tile(gRows, (rows, self.tile.epi_n), inner_tiles)
+        """(shared, global) TMA partition into boxes that a CTA moves alone; chunks by default."""
+        gBoxes = cute.local_tile(gTensor, self.chunk if box is None else box, inner_tiles)
         return cpasync.tma_partition(
             tma_map.atom,
             0,
             cute.make_layout(1),
-            cute.group_modes(sBuffers, 0, 2),
-            cute.group_modes(gTiles, 0, 2),
+            cute.group_modes(sBoxes, 0, 2),
+            cute.group_modes(gBoxes, 0, 2),
         )

@@ -29,7 +29,7 @@ class PlainStore(GroupedGemmM):
         for block in cutlass.range_constexpr(self.row_blocks):
             row = output.row + block * WARPGROUP_ROWS
             gRows = expert_rows(epilogue.mTensor, output.first, output.length, row)
-            sBox, gBox = self.partition_output(epilogue, memory.sStore, gRows, (0, None))
+            sBox, gBox = self.partition_boxes(epilogue, memory.sStore, gRows, (0, None))
             for chunk in cutlass.range_constexpr(gemm.epi_chunks):
                 store_set = (block * gemm.epi_chunks + chunk) % self.tile.epi_sets
                 buffer = self.store_buffer(memory, store_set, 0)

@@ -79,14 +79,8 @@ class PlainTurned(Turned):
 
     def partition_weight(self, maps: TmaMap, sSource: cute.Tensor, rank: Int32) -> tuple:
         """(shared, global) of a weight; global is (box, M, K, E)."""
-        gTiles = cute.local_tile(maps.mTensor, (TILE_M, TILE_K), (None, None, None))
-        return cpasync.tma_partition(
-            maps.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sSource, 0, 2),
-            cute.group_modes(gTiles, 0, 2),
-        )
+        every_tile, box = (None, None, None), (TILE_M, TILE_K)
+        return self.partition_boxes(maps, sSource, maps.mTensor, every_tile, box)
 
     @cute.jit
     def load_by_tma(self, stages, state, loads, source: cutlass.Constexpr, k, expert, first, at):
@@ -134,7 +128,7 @@ class PlainTurned(Turned):
         """Stores chunk after chunk, the blocks' in turn; clipped where the tile's rows end."""
         rows = self.tile.epi_n
         gRows = expert_rows(epilogue.mTensor, output.first, output.length, output.row)
-        sChunk, gChunk = self.partition_chunks(epilogue, memory.sStore, gRows, (None, None))
+        sChunk, gChunk = self.partition_boxes(epilogue, memory.sStore, gRows, (None, None))
         for chunk in cutlass.range_constexpr(-(-width // rows)):
             for block in cutlass.range_constexpr(self.blocks):
                 begin = (block * width + chunk * rows) // 2

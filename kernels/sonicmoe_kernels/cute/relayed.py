@@ -177,7 +177,8 @@ class Relayed(GroupedGemmM):
         """TMA partition of shared chunks and of (rows, columns, ...) coordinates into slices."""
         layout = self.slice_layout(SLICES * cute.size(sBuffers, mode=[2]))
         sSlices = cute.make_tensor(sBuffers.iterator, layout.outer)
-        return self.partition_output(tma_map, sSlices, gRows, inner_tiles, SLICE_ROWS)
+        box = (SLICE_ROWS, self.tile.epi_n)
+        return self.partition_boxes(tma_map, sSlices, gRows, inner_tiles, box)
 
     @cute.jit
     def publish_slice(self):

@@ -20,10 +20,10 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import Float32, Int32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp
+from cutlass.cute.nvgpu import OperandMajorMode, warp
 from cutlass.tensor_utils import LayoutEnum
 
-from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM, TmaMap
+from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.tiles import TILE_K, TILE_M, WARPGROUP_ROWS, RowGemm
 
 BLOCK = WARPGROUP_ROWS
@@ -71,28 +71,18 @@ class Turned(GroupedGemmM):
     def __init__(self, gemm: RowGemm):
         super().__init__(gemm)
         self.widths = gemm.widths
+        self.chunk = (gemm.tile.epi_n, BLOCK)
 
     # ------------------------------------------------------------------ host
 
     def make_layouts(self):
         super().make_layouts()
-        tile, dtype, k_major = self.tile, self.dtype, LayoutEnum.ROW_MAJOR
-        self.a_layout = self.rows_layout_staged(tile.tile_n, tile.stages)
-        self.store_layout = sm90.make_smem_layout_epi(
-            dtype, k_major, (tile.epi_n, BLOCK), self.gemm.store_buffers
-        )
+        self.a_layout = self.rows_layout_staged(self.tile.tile_n, self.tile.stages)
 
     def rows_layout_staged(self, rows: int, stages: int) -> cute.ComposedLayout:
         """Shared layout of `rows` of A, as MMA's B."""
         shape = (TILE_M, rows, TILE_K)
         return sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, self.dtype, stages)
-
-    def store_map(self, view: cute.Tensor) -> TmaMap:
-        """Map for storing chunks."""
-        chunk = cute.slice_(self.store_layout, (None, None, 0))
-        operation = cpasync.CopyBulkTensorTileS2GOp()
-        box = (self.tile.epi_n, BLOCK)
-        return TmaMap(*cpasync.make_tiled_tma_atom(operation, view, chunk, box))
 
     # ----------------------------------------------------- device: consumers
 
@@ -137,17 +127,6 @@ class Turned(GroupedGemmM):
         return cute.make_layout(
             ((SWIZZLED_ROWS, width // SWIZZLED_ROWS), (TILE_K, 1), (1, self.tile.stages)),
             stride=((TILE_K, swizzled), (1, 0), (0, stage)),
-        )
-
-    def partition_chunks(self, map: TmaMap, sStore, gRows, inner_tiles: tuple) -> tuple:
-        """TMA partition of (rows, columns, ...) coordinates into chunks."""
-        gChunks = cute.local_tile(gRows, (self.tile.epi_n, BLOCK), inner_tiles)
-        return cpasync.tma_partition(
-            map.atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(sStore, 0, 2),
-            cute.group_modes(gChunks, 0, 2),
         )
 
     @cute.jit

@@ -70,8 +70,8 @@ class Up(GroupedGemmM):
             row = output.row + block * WARPGROUP_ROWS
             gH = expert_rows(epilogue.h.mTensor, output.first, output.length, row)
             gA = expert_rows(epilogue.a.mTensor, output.first, output.length, row)
-            sBox, gH = self.partition_output(epilogue.h, memory.sStore, gH, (0, None, None))
-            _, gA = self.partition_output(epilogue.a, memory.sStore, gA, (0, None))
+            sBox, gH = self.partition_boxes(epilogue.h, memory.sStore, gH, (0, None, None))
+            _, gA = self.partition_boxes(epilogue.a, memory.sStore, gA, (0, None))
             for chunk in cutlass.range_constexpr(gemm.epi_chunks):
                 store_set = (block * gemm.epi_chunks + chunk) % self.tile.epi_sets
                 buffer = self.store_buffer(memory, store_set, 0)

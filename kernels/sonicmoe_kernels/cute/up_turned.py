@@ -12,14 +12,15 @@ from functools import partial
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, const_expr
+from cutlass import Float32, Int32
 
 from sonicmoe_kernels.cute import gather, schedule
 from sonicmoe_kernels.cute.epilogues import activate
+from sonicmoe_kernels.cute.grouped_gemm_m import GroupedGemmM
 from sonicmoe_kernels.cute.tma_ragged import expert_rows
 from sonicmoe_kernels.cute.turned import BLOCK, SWIZZLED_ROWS, Turned, sum_at
 from sonicmoe_kernels.cute.up import Up
-from sonicmoe_kernels.tiles import CLUSTER, TILE_K, TILE_M, RowGemm
+from sonicmoe_kernels.tiles import TILE_K, TILE_M, RowGemm
 
 
 def activated_at(activation: str, rAcc: cute.Tensor, begins: list[int], i: int) -> Float32:
@@ -41,14 +42,9 @@ class UpTurned(Turned, Up):
 
     # ------------------------------------------------------ device: producer
 
-    @cute.jit
     def tile_at(self, unit: Int32, rows: Int32, rank: Int32) -> schedule.TurnedTile:
-        most, n_tiles = self.gemm.tile_rows, self.gemm.n_tiles
-        if const_expr(self.tile.dynamic):
-            at = schedule.tile_of_drawn(unit, rows, rank, most, n_tiles)
-        else:
-            at = schedule.tile_of(unit, rows, rank, most, n_tiles, CLUSTER)
-        width = schedule.turned_width(rows, most)
+        at = GroupedGemmM.tile_at(self, unit, rows, rank)
+        width = schedule.turned_width(rows, self.gemm.tile_rows)
         row = at.m * width
         end = cutlass.min(row + width, rows)
         return schedule.TurnedTile(row, end, width, at.n, at.shared_weights)
@@ -85,8 +81,8 @@ class UpTurned(Turned, Up):
         gemm, halves, rows = self.gemm, self.gemm.halves, self.tile.epi_n
         gH = expert_rows(epilogue.h.mTensor, output.first, output.length, output.row)
         gA = expert_rows(epilogue.a.mTensor, output.first, output.length, output.row)
-        sChunk, gH = self.partition_chunks(epilogue.h, memory.sStore, gH, (None, None, None))
-        _, gA = self.partition_chunks(epilogue.a, memory.sStore, gA, (None, None))
+        sChunk, gH = self.partition_boxes(epilogue.h, memory.sStore, gH, (None, None, None))
+        _, gA = self.partition_boxes(epilogue.a, memory.sStore, gA, (None, None))
         column = output.n * (TILE_M // BLOCK) + memory.group
         for chunk in cutlass.range_constexpr(-(-width // rows)):
             buffer = self.store_buffer(memory, 0, 0)
