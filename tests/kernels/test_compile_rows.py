@@ -6,9 +6,11 @@ import pytest
 from sonicmoe_kernels import compile as kernel_cache
 from sonicmoe_kernels.activations import ACTIVATIONS
 from sonicmoe_kernels.tiles import (
+    ELEMENT_BYTES,
     MAX_EXPERTS,
     ROW_TILES,
     SHARED_MEMORY_LIMIT,
+    TILE_K,
     RowGemm,
     RowTile,
     pick_rows,
@@ -90,6 +92,17 @@ def test_counted_shared_memory_covers_drawn_units():
     assert_shared_memory(RowGemm("d_input", *SIZES, "bfloat16", "swiglu", tile))
 
 
+@pytest.mark.parametrize(
+    ("kernel", "tile"),
+    [
+        ("down", RowTile(192, 5, "turned", epi_n=32, epi_sets=2)),
+        ("up", RowTile(176, 3, "turned")),
+    ],
+)
+def test_counted_shared_memory_covers_turned_tiles(kernel, tile):
+    assert_shared_memory(RowGemm(kernel, *SIZES, "bfloat16", "swiglu", tile))
+
+
 def assert_shared_memory(gemm):
     kernel_cache.prepare_dsl()
     from sonicmoe_kernels.cute import build_rows
@@ -99,6 +112,9 @@ def assert_shared_memory(gemm):
     laid_out = instance.Storage.size_in_bytes()
     assert laid_out <= gemm.shared_memory <= SHARED_MEMORY_LIMIT
     assert gemm.shared_memory - laid_out <= 2048  # counted, not guessed
+    offsets, column = instance.Storage._offsets, gemm.tile.stages * TILE_K * ELEMENT_BYTES
+    assert offsets["b"] - offsets["a"] == gemm.tile_rows * column
+    assert offsets["stores"] - offsets["b"] == gemm.n_sources * gemm.n_step * column
 
 
 def test_an_illegal_configuration_is_refused_before_compiling():

@@ -136,7 +136,7 @@ class GroupedGemmM(MainLoop):
     # ------------------------------------------------------------------ host
 
     def make_layouts(self):
-        """Shared layouts and the tiled MMA. A half of a stacked B tile is a stage of its own."""
+        """The tiled MMA, shared layouts and what holds them."""
         tile, gemm, dtype = self.tile, self.gemm, self.dtype
         k_major = LayoutEnum.ROW_MAJOR
         mma_rows = 1 if self.pingpong else 2
@@ -159,13 +159,7 @@ class GroupedGemmM(MainLoop):
             (1, 1, 1),
             (64, tile.epi_n),
         )
-        shape = (TILE_M, tile.tile_n, TILE_K)
-        source_shape = (TILE_M, gemm.n_step, TILE_K)
-        self.a_layout = sm90.make_smem_layout_a(k_major, shape, dtype, tile.stages)
-        self.b_smem_layout = sm90.make_smem_layout_b(self.b_layout, shape, dtype, tile.stages)
-        self.source_layout = sm90.make_smem_layout_b(
-            self.b_layout, source_shape, dtype, gemm.n_sources * tile.stages
-        )
+        self.make_operand_layouts()
         self.stores_per_group = tile.epi_sets * gemm.stores
         self.loads_per_group = tile.load_sets * gemm.loads
         self.store_layout = sm90.make_smem_layout_epi(
@@ -194,6 +188,17 @@ class GroupedGemmM(MainLoop):
             ]
 
         self.Storage = Storage
+
+    def make_operand_layouts(self):
+        """Shared layouts of A and B. A half of a stacked B tile is a stage of its own."""
+        tile, gemm, dtype = self.tile, self.gemm, self.dtype
+        shape = (TILE_M, tile.tile_n, TILE_K)
+        source_shape = (TILE_M, gemm.n_step, TILE_K)
+        self.a_layout = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, shape, dtype, tile.stages)
+        self.b_smem_layout = sm90.make_smem_layout_b(self.b_layout, shape, dtype, tile.stages)
+        self.source_layout = sm90.make_smem_layout_b(
+            self.b_layout, source_shape, dtype, gemm.n_sources * tile.stages
+        )
 
     def weight_maps(self, mW: cute.Tensor) -> WeightMaps:
         """TMA maps of mW (E, rows, columns), seen as (N, K, E)."""

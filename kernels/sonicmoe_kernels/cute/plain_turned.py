@@ -46,8 +46,8 @@ class PlainTurned(Turned):
 
     # ------------------------------------------------------------------ host
 
-    def make_layouts(self):
-        super().make_layouts()
+    def make_operand_layouts(self):
+        super().make_operand_layouts()
         shape = (TILE_M, self.tile.tile_n, TILE_K)
         layout = sm90.make_smem_layout_a(self.b_layout, shape, self.dtype, self.tile.stages)
         self.b_smem_layout = self.source_layout = layout

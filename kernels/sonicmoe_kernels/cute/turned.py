@@ -75,8 +75,8 @@ class Turned(GroupedGemmM):
 
     # ------------------------------------------------------------------ host
 
-    def make_layouts(self):
-        super().make_layouts()
+    def make_operand_layouts(self):
+        super().make_operand_layouts()
         self.a_layout = self.rows_layout_staged(self.tile.tile_n, self.tile.stages)
 
     def rows_layout_staged(self, rows: int, stages: int) -> cute.ComposedLayout:

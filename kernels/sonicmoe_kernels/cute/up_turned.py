@@ -36,8 +36,8 @@ class UpTurned(Turned, Up):
         self.blocks = gemm.halves
         self.group_elements = BLOCK * TILE_K  # of a half, between the warpgroups' columns
 
-    def make_layouts(self):
-        super().make_layouts()
+    def make_operand_layouts(self):
+        super().make_operand_layouts()
         self.b_smem_layout = self.source_layout  # 128 columns of W1, then of W3
 
     # ------------------------------------------------------ device: producer
