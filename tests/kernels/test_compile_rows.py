@@ -74,6 +74,9 @@ def test_configuration_compiles_with_tensor_cores_and_a_main_loop_in_registers(g
     assert sass.count("WARPGROUP.DEPBAR") <= 3 * len(gemm.widths)
     assert (sass.count("LDGSTS") > 0) == gemm.gathers
     assert sass.count("UTMASTG") > 0
+    # TMA takes uniform registers: a warp that may have parted fills them lane by lane.
+    assert sass.count("BRA.DIV") == 0
+    assert not [line for line in sass.instructions if "UTMALDG" in line and line.startswith("@")]
 
 
 @pytest.mark.parametrize("kernel", ROW_TILES)

@@ -47,6 +47,7 @@ class Clusters(Warps):
             inline_ptx=self.increment,
             sync_warp=lambda: None,
             elect_one=self.elect_one,
+            make_warp_uniform=int,
         )
         fakes = {
             "cute": SimpleNamespace(arch=arch),
@@ -84,8 +85,7 @@ class Clusters(Warps):
         draws = agent.cta % CLUSTER == 0
         seen = self.seen.setdefault((agent.cta, agent.name), [])
         while unit < total:
-            if draws:
-                number = self.draw(drawn, total)
+            number = self.draw(drawn, total, draws)
             seen.append(unit)
             if draws:
                 self.publish(drawn, turn + 1, clusters + number)
@@ -129,7 +129,9 @@ class Clusters(Warps):
         self.events.append(arrive)
         self.pause()
 
-    def increment(self, _ptx, *, read_only_args, **_):
+    def increment(self, _ptx, *, read_only_args, predicate, **_):
+        if not predicate:
+            return None
         drawn, (_place, last) = self.counter.value, read_only_args
         self.counter.value = 0 if drawn >= last else drawn + 1
         self.pause()

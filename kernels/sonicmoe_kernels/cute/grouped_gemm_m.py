@@ -385,25 +385,21 @@ class GroupedGemmM(MainLoop):
         """The unit of a turn after the first: `unit`, unless they are drawn."""
         return tickets.take(walk.drawn, turn) if self.tile.dynamic else unit
 
-    @cute.jit
     def draw(self, walk, total, thread) -> Int32:
         """Draws a number, in one thread of the cluster."""
-        number = Int32(0)
-        if walk.rank == 0 and thread == 0:
-            number = tickets.draw(walk.drawn, total)
-        return number
+        return tickets.draw(walk.drawn, total, walk.rank * THREADS + thread == 0)
 
     @cute.jit
-    def hand_out(self, walk, turn, unit, thread):
-        """Hands out the unit of a turn, in the thread that drew it."""
-        if walk.rank == 0 and thread == 0:
+    def hand_out(self, walk, turn, unit, warp):
+        """Hands out the unit of a turn, in the warp that drew it."""
+        if walk.rank == 0 and warp == 0:
             tickets.publish(walk.drawn, turn, unit)
 
     @cute.jit
-    def hand_out_late(self, walk, turn, unit, thread, k):
+    def hand_out_late(self, walk, turn, unit, warp, k):
         """The same, in the k tile by which the number has come."""
         if k == min(DRAWN_BY, self.gemm.k // TILE_K - 1):
-            self.hand_out(walk, turn, unit, thread)
+            self.hand_out(walk, turn, unit, warp)
 
     @cute.jit
     def locate(self, walk, unit: Int32, expert: Int32):
@@ -446,11 +442,11 @@ class GroupedGemmM(MainLoop):
                 row, end = self.rows_of(first, length, at)
                 gather.load_row_indices(a.mIndex, rRows, row, end, thread, rows_per_pass)
                 if const_expr(self.tile.dynamic):  # the number has come when the indices have
-                    self.hand_out(walk, turn + 1, walk.clusters + number, thread)
+                    self.hand_out(walk, turn + 1, walk.clusters + number, warp_index)
             for k_source in cutlass.range_constexpr(gemm.k_sources):
                 for k in cutlass.range(gemm.k // TILE_K, unroll=1):
                     if const_expr(self.tile.dynamic and not gemm.gathers and k_source == 0):
-                        self.hand_out_late(walk, turn + 1, walk.clusters + number, thread, k)
+                        self.hand_out_late(walk, turn + 1, walk.clusters + number, warp_index, k)
                     stages.sync_object_empty.wait(state.index, state.phase)
                     if warp_index == 0:
                         self.load_by_tma(stages, state, loads, k_source, k, expert, first, at)
@@ -463,7 +459,7 @@ class GroupedGemmM(MainLoop):
             unit = self.unit_of(walk, turn, unit + walk.clusters)
         if const_expr(self.tile.dynamic and self.pingpong):
             # the warpgroup that would take a turn behind the last learns that there is none
-            self.hand_out(walk, turn + 1, total, thread)
+            self.hand_out(walk, turn + 1, total, warp_index)
 
     def rows_of(self, first: Int32, length: Int32, at) -> tuple:
         """A tile's first row, and the end of what it may gather."""

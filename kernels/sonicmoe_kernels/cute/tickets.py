@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from sonicmoe_kernels.tiles import CLUSTER
 from sonicmoe_kernels.tiles import UNIT_SLOTS as SLOTS
@@ -49,28 +49,38 @@ def init_barriers(tickets: Tickets, readers: int):
         cute.arch.mbarrier_init(tickets.empty + slot, readers)
 
 
-def draw(tickets: Tickets, total: Int32) -> Int32:
-    """Draws one of `total` numbers; by one thread of CTA 0. Nobody waits for it before it is used.
+def draw(tickets: Tickets, total: Int32, chosen: Boolean) -> Int32:
+    """Draws one of `total` numbers in the `chosen` thread; others get anything.
 
-    In PTX, an increment that wraps around: what a warp's threads add to one address the compiler
-    adds up first, and then waits at once for the answer to spread it.
+    Nobody waits for it before it is used. In PTX, an increment that wraps around: what a warp's
+    threads add to one address the compiler adds up first, and then waits at once for the answer to
+    spread it. Predicated, not branched around: see `publish`.
     """
     return cute.arch.inline_ptx(
         "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], {$r1};",
         write_only_types=[Int32],
         read_only_args=[tickets.mCounter.iterator, total - 1],
+        predicate=chosen,
     )
 
 
 @cute.jit
 def publish(tickets: Tickets, turn: Int32, unit: Int32):
-    """Puts a turn's unit into its slot of both CTAs; by one thread of CTA 0."""
+    """Puts a turn's unit, which lane 0 has, into its slot of both CTAs; by a warp of CTA 0.
+
+    All its lanes do the same, and `take` says that they know the same: in a loop where a warp may
+    part, or about what its lanes may see differently, the compiler does not use uniform registers,
+    and every load by TMA takes five times the instructions.
+    """
     use = turn - 1
     slot = use % SLOTS
+    unit = cute.arch.make_warp_uniform(unit)
     cute.arch.mbarrier_wait(tickets.empty + slot, (use // SLOTS + 1) % 2)
-    for rank in cutlass.range_constexpr(CLUSTER):
-        cute.arch.mbarrier_arrive_and_expect_tx(tickets.full + slot, UNIT_BYTES, rank)
-        cute.arch.store_async_dsmem(tickets.sUnits.iterator + slot, unit, tickets.full + slot, rank)
+    with cute.arch.elect_one():
+        for rank in cutlass.range_constexpr(CLUSTER):
+            cute.arch.mbarrier_arrive_and_expect_tx(tickets.full + slot, UNIT_BYTES, rank)
+            slots = tickets.sUnits.iterator
+            cute.arch.store_async_dsmem(slots + slot, unit, tickets.full + slot, rank)
 
 
 @cute.jit
@@ -83,4 +93,4 @@ def take(tickets: Tickets, turn: Int32) -> Int32:
     cute.arch.sync_warp()
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive(tickets.empty + slot, 0)
-    return unit
+    return cute.arch.make_warp_uniform(unit)
