@@ -26,9 +26,9 @@ from torch import Tensor
 from tests.cases import Case, Inputs, make_inputs, make_plan
 from tests.oracle import (
     CALC_DIFF_BOUND,
-    CALC_DIFF_BOUND_FEW_ROWS,
+    CALC_DIFF_BOUND_FEW_VALUES,
     ERROR_FACTOR,
-    FEW_ROWS,
+    FEW_VALUES,
     calc_diff,
 )
 
@@ -118,12 +118,12 @@ def assert_rows(problem: Problem, name: str, got: Tensor, expected: Tensor) -> N
         rows = slice(problem.bounds[expert], problem.bounds[expert + 1])
         count = rows.stop - rows.start
         if count:
-            few = count < FEW_ROWS
-            if few and valid.ndim == 1:  # what calc_diff of typical numbers with this error is
+            few = valid[rows].numel() < FEW_VALUES
+            if few:  # what calc_diff of typical numbers with this error is
                 diff = (valid[rows] - expected[rows]).square().max().item() / (2 * typical)
             else:
                 diff = calc_diff(valid[rows], expected[rows])
-            bound = CALC_DIFF_BOUND_FEW_ROWS if few else CALC_DIFF_BOUND
+            bound = CALC_DIFF_BOUND_FEW_VALUES if few else CALC_DIFF_BOUND
             where = first_bad(valid[rows], expected[rows])
             assert diff < bound, (
                 f"{label}: expert {expert} of {count} rows diff {diff:.3g}, {where}"
