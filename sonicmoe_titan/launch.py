@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from sonicmoe_titan import check
 from sonicmoe_titan.config_registry import CONFIGS
@@ -56,11 +56,21 @@ def main(argv: list[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode not in (USERS_ERROR, STOPPED_EXIT_CODE):  # those explain themselves
+            if rank != 0:  # whose own words nobody has seen
+                print(_traceback(failure), file=sys.stderr)
             print(f"error: process {rank} ended with {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException:
         return STOPPED_EXIT_CODE
     return 0
+
+
+def _traceback(failure: ProcessFailure) -> str:
+    """What a process raised, or what torchrun says of one that was killed."""
+    recorded = failure.error_file_data["message"]
+    if isinstance(recorded, str):
+        return failure.message
+    return recorded["extraInfo"]["py_callstack"].rstrip()
 
 
 def _relative(path: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torchtitan.observability import structured_logger
 from torchtitan.tools.logging import init_logger
 
@@ -100,4 +101,4 @@ def _say(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(record(main)(sys.argv[1:]))  # torchrun learns what it was that failed

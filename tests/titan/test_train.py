@@ -108,6 +108,27 @@ def test_ctrl_c_ends_in_one_line_and_the_next_run_resumes(moment: str, tmp_path:
     assert (tmp_path / "config.toml").read_text() == trained
 
 
+FAILS_IN_RANK_1 = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    def fail(*_args, **_options):
+        raise RuntimeError("only rank 1 knows why")
+    torch.optim.AdamW.step = fail
+"""
+
+
+def test_what_another_rank_raised_is_said(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILS_IN_RANK_1)
+    train = [sys.executable, "-m", "sonicmoe_titan.cli", "train", DEBUG, "--nproc", "2"]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = start(tmp_path, train, *TINY, "--training.steps=2", PYTHONPATH=path)
+    output = finish(process)
+    assert process.returncode == 1
+    assert "in fail\n" in output and "RuntimeError: only rank 1 knows why\n" in output
+    assert output.endswith("error: process 1 ended with 1\n")
+
+
 def test_stock_command_line_trains_the_same_model(tmp_path: Path) -> None:
     run = ["--training.steps=2", "--debug.seed=1", "--model.router=topk", *TINY]
     stock = ["torchtitan.train", "--module", "sonicmoe_titan", "--config=debug"]
