@@ -38,6 +38,7 @@ from sonicmoe_kernels.rounding import ROUNDINGS  # noqa: E402
 from sonicmoe_kernels.tiles import (  # noqa: E402
     PINGPONG,
     ROW_TILES,
+    TURNED,
     WIDE,
     RowGemm,
     RowTile,
@@ -77,7 +78,6 @@ WEIGHT_TILES = (
     WeightTile(256, 4, 2, short_end=True),
 )
 DRAWN = dataclasses.replace(PINGPONG, dynamic=True)
-TURNED = dataclasses.replace(PINGPONG, schedule="turned")
 VARIANTS = {
     "up": (
         RowTile(256, 4),

@@ -109,8 +109,18 @@ class RowGemm:
     @property
     def n_tiles(self) -> int:
         """Column tiles of a row tile; pairs of them where the CTAs of a cluster share rows."""
+        return -(-self.n // self.columns_at_once)
+
+    @property
+    def columns_at_once(self) -> int:
+        """Columns of each source that a unit covers."""
         shares_rows = self.turned and not self.gathers
-        return -(-self.n // (CLUSTER * self.n_step if shares_rows else self.n_step))
+        return CLUSTER * self.n_step if shares_rows else self.n_step
+
+    @property
+    def columns(self) -> int:
+        """Columns of all tiles and sources, those past N included."""
+        return self.n_tiles * self.columns_at_once * self.n_sources
 
     @property
     def k_tiles(self) -> int:
@@ -245,8 +255,11 @@ COLUMN_COST = {256: 1.0, 192: 1.05, 128: 1.3, 64: 2.0}
 # at D 1536, F 256: 128x192 ping-pong 0.48, 128x256 cooperative 0.59; down at D 4096, F 1024: 1.62,
 # 1.80.
 PINGPONG_COLUMN_COST = {192: 0.9, 128: 1.1}
+# A turned tile's rows are as wide as an expert needs.
+TURNED_COLUMN_COST = 0.85
 # Candidates of every kernel on sm_90a; the cheapest legal one is taken, the first one of equals.
 PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
+TURNED = RowTile(192, 5, "turned", epi_n=32, epi_sets=2)
 WIDE = RowTile(256, 4, epi_n=64, epi_sets=2)
 PLAIN_TILES = (
     PINGPONG,
@@ -257,13 +270,18 @@ PLAIN_TILES = (
 )
 ROW_TILES: dict[RowKernel, tuple[RowTile, ...]] = {
     "up": (
+        RowTile(176, 3, "turned", dynamic=True),
         RowTile(256, 4, dynamic=True),
         RowTile(256, 4),
         RowTile(128, 4),
         RowTile(64, 4),
     ),
-    "down": PLAIN_TILES,
-    "d_input": (replace(PINGPONG, dynamic=True), *PLAIN_TILES),
+    "down": (TURNED, *PLAIN_TILES),
+    "d_input": (
+        replace(TURNED, dynamic=True),
+        replace(PINGPONG, dynamic=True),
+        *PLAIN_TILES,
+    ),
     "d_hidden": (
         RowTile(256, 3, "relayed", load_sets=4),
         RowTile(256, 3, load_sets=2),
@@ -285,28 +303,31 @@ def relay_pays(gemm: RowGemm) -> bool:
     return gemm.dtype == "bfloat16" and 1024 <= gemm.d < 4096
 
 
-DRAWN_WEIGHT_BYTES = 12 * 2**20  # of one expert's W1 and W3
+LARGE_WEIGHT_BYTES = 6 * 2**20  # of one of an expert's weights
 
 
-def drawing_pays(gemm: RowGemm) -> bool:
-    """Whether an expert's weights are so large that L2 keeps them only for clusters in step.
+def experts_are_large(d: int, f: int) -> bool:
+    """Whether L2 keeps an expert's weights only for clusters in step, and partial tiles cost most.
 
-    See "Drift" in docs/performance.md for what was measured.
+    See "Drift" and "Padding" in docs/performance.md for what was measured.
     """
-    return gemm.halves * gemm.d * gemm.f * ELEMENT_BYTES >= DRAWN_WEIGHT_BYTES
+    return d * f * ELEMENT_BYTES >= LARGE_WEIGHT_BYTES
 
 
 def is_worthwhile(gemm: RowGemm) -> bool:
     """Whether what is special about a legal candidate pays."""
     if gemm.relayed and not relay_pays(gemm):
         return False
-    return not gemm.tile.dynamic or drawing_pays(gemm)
+    return not (gemm.tile.dynamic or gemm.turned) or experts_are_large(gemm.d, gemm.f)
 
 
-def column_cost(tile: RowTile) -> float:
-    """Relative time of one column of a tile."""
+def cost(gemm: RowGemm) -> float:
+    """Relative time that a row tile's columns take."""
+    tile = gemm.tile
+    if gemm.turned:
+        return gemm.columns * TURNED_COLUMN_COST
     costs = PINGPONG_COLUMN_COST if tile.schedule == "pingpong" else COLUMN_COST
-    return costs[tile.tile_n]
+    return gemm.columns * costs[tile.tile_n]
 
 
 def pick_rows(
@@ -330,7 +351,7 @@ def pick_rows(
     if not legal:
         raise ValueError(f"{kernel}: {why_illegal(candidates[-1])}")
     worthwhile = filter(is_worthwhile, legal)
-    return min(worthwhile, key=lambda g: g.n_tiles * g.tile.tile_n * column_cost(g.tile))
+    return min(worthwhile, key=cost)
 
 
 WeightKernel = Literal["d_weight2", "d_weight13"]
@@ -434,8 +455,9 @@ def pick_weights(
     """
     m_tiles = -(-d // TILE_M)
     cluster = CLUSTER if m_tiles % CLUSTER == 0 or m_tiles >= WEIGHT_CLUSTER_TILES else 1
+    short_end = experts_are_large(d, f)
     candidates = [
-        WeightGemm(kernel, d, f, halves, dtype, WeightTile(tile_n, stages, cluster))
+        WeightGemm(kernel, d, f, halves, dtype, WeightTile(tile_n, stages, cluster, short_end))
         for tile_n, stages in WEIGHT_STAGES.items()
     ]
     reason = why_illegal_weights(candidates[0])

@@ -13,12 +13,13 @@ from sonicmoe_kernels.tiles import (
     RowGemm,
     RowTile,
     pick_rows,
+    pick_weights,
     why_illegal,
 )
 
 
 def gemm(kernel="up", d=1536, f=256, experts=128, tile=None, activation="swiglu"):
-    tile = tile or ROW_TILES[kernel][0]
+    tile = tile or RowTile(256, 4)
     return RowGemm(kernel, d, f, experts, "bfloat16", activation, tile)
 
 
@@ -34,7 +35,8 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
     picked = pick_rows(kernel, d=64 * d, f=64 * f, num_experts=experts, activation=activation)
     assert why_illegal(picked) is None
     assert picked.shared_memory <= SHARED_MEMORY_LIMIT
-    assert picked.n_tiles * picked.n_step >= picked.n > (picked.n_tiles - 1) * picked.n_step
+    covered = picked.n_tiles * picked.columns_at_once
+    assert covered >= picked.n > covered - picked.columns_at_once
 
 
 @pytest.mark.parametrize(
@@ -86,18 +88,26 @@ def test_dh_is_relayed_where_that_pays(changes, schedule):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "d", "f", "drawn"),
+    ("kernel", "schedule", "drawn"),
     [
-        ("up", 4096, 1024, True),  # W1 and W3 of an expert are 16 MiB
-        ("d_input", 4096, 1024, True),
-        ("down", 4096, 1024, False),
-        ("d_hidden", 4096, 1024, False),
-        ("up", 2048, 1024, False),
-        ("d_input", 1536, 256, False),
+        ("up", "turned", True),
+        ("down", "turned", False),
+        ("d_hidden", "cooperative", False),
+        ("d_input", "turned", True),
     ],
 )
-def test_units_are_drawn_where_an_experts_weights_are_large(kernel, d, f, drawn):
-    assert pick_rows(kernel, d=d, f=f, num_experts=64).tile.dynamic is drawn
+def test_large_experts_have_turned_tiles_and_drawn_units(kernel, schedule, drawn):
+    tile = pick_rows(kernel, d=4096, f=1024, num_experts=64).tile  # 8 MiB a weight
+    assert (tile.schedule, tile.dynamic) == (schedule, drawn)
+    for d, f in ((2048, 1024), (1536, 256)):
+        tile = pick_rows(kernel, d=d, f=f, num_experts=64).tile
+        assert tile.schedule != "turned" and not tile.dynamic
+
+
+@pytest.mark.parametrize("kernel", ["d_weight2", "d_weight13"])
+def test_weight_gradients_of_large_experts_end_short(kernel):
+    assert pick_weights(kernel, d=4096, f=1024).tile.short_end
+    assert not pick_weights(kernel, d=2048, f=1024).tile.short_end
 
 
 def test_gated_up_projection_halves_the_columns_of_a_tile():
