@@ -338,8 +338,12 @@ def pick_rows(
     num_experts: int,
     dtype: Literal["bfloat16", "float16"] = "bfloat16",
     activation: str = "swiglu",
+    lean: bool = False,
 ) -> RowGemm:
     """The configuration of a ragged-M kernel on sm_90a.
+
+    lean: neither drawn units, which take a counter, nor turned tiles, which take half a minute to
+    compile: for few tokens, where weights are all that counts.
 
     Raises:
         ValueError: no candidate is legal; the message says why.
@@ -350,8 +354,9 @@ def pick_rows(
     legal = [gemm for gemm in candidates if why_illegal(gemm) is None]
     if not legal:
         raise ValueError(f"{kernel}: {why_illegal(candidates[-1])}")
-    worthwhile = filter(is_worthwhile, legal)
-    return min(worthwhile, key=cost)
+    worthwhile = [gemm for gemm in legal if is_worthwhile(gemm)]
+    plain = [gemm for gemm in worthwhile if not (gemm.tile.dynamic or gemm.turned)]
+    return min(plain if lean else worthwhile, key=cost)
 
 
 WeightKernel = Literal["d_weight2", "d_weight13"]

@@ -99,6 +99,8 @@ def test_dh_is_relayed_where_that_pays(changes, schedule):
 def test_large_experts_have_turned_tiles_and_drawn_units(kernel, schedule, drawn):
     tile = pick_rows(kernel, d=4096, f=1024, num_experts=64).tile  # 8 MiB a weight
     assert (tile.schedule, tile.dynamic) == (schedule, drawn)
+    lean = pick_rows(kernel, d=4096, f=1024, num_experts=64, lean=True).tile
+    assert lean.schedule != "turned" and not lean.dynamic
     for d, f in ((2048, 1024), (1536, 256)):
         tile = pick_rows(kernel, d=d, f=f, num_experts=64).tile
         assert tile.schedule != "turned" and not tile.dynamic

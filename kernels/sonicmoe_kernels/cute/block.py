@@ -86,12 +86,10 @@ class Stage:
         self.E, self.K = layer.routing.num_experts, layer.routing.top_k
 
     def pick_rows(self, kernel: str):
-        """As for the experts alone, but no unit is drawn: a counter would cost the host's time."""
+        """As for the experts alone, but lean: a counter would cost the host's time."""
         layer = self.layer
-        gemm = pick_rows(
-            kernel, d=layer.d, f=layer.f, num_experts=self.E, activation=layer.activation
-        )
-        return dataclasses.replace(gemm, tile=dataclasses.replace(gemm.tile, dynamic=False))
+        sizes = {"d": layer.d, "f": layer.f, "num_experts": self.E}
+        return pick_rows(kernel, **sizes, activation=layer.activation, lean=True)
 
     def aggregation(self, *, weighted: bool) -> Aggregate:
         layer = self.layer
