@@ -168,6 +168,11 @@ class RowGemm:
         return self.tile.schedule == "turned"
 
     @property
+    def lean(self) -> bool:
+        """False with drawn units, which take a counter, and with turned tiles, slow to compile."""
+        return not (self.tile.dynamic or self.turned)
+
+    @property
     def pingpong(self) -> bool:
         """Whether the consumers take turns, a whole tile each."""
         return self.tile.schedule == "pingpong" or (self.turned and not self.gathers)
@@ -318,7 +323,7 @@ def is_worthwhile(gemm: RowGemm) -> bool:
     """Whether what is special about a legal candidate pays."""
     if gemm.relayed and not relay_pays(gemm):
         return False
-    return not (gemm.tile.dynamic or gemm.turned) or experts_are_large(gemm.d, gemm.f)
+    return gemm.lean or experts_are_large(gemm.d, gemm.f)
 
 
 def cost(gemm: RowGemm) -> float:
@@ -342,8 +347,7 @@ def pick_rows(
 ) -> RowGemm:
     """The configuration of a ragged-M kernel on sm_90a.
 
-    lean: neither drawn units, which take a counter, nor turned tiles, which take half a minute to
-    compile: for few tokens, where weights are all that counts.
+    lean: only what `RowGemm.lean` says: for few tokens, where reading the weights is all there is.
 
     Raises:
         ValueError: no candidate is legal; the message says why.
@@ -354,9 +358,8 @@ def pick_rows(
     legal = [gemm for gemm in candidates if why_illegal(gemm) is None]
     if not legal:
         raise ValueError(f"{kernel}: {why_illegal(candidates[-1])}")
-    worthwhile = [gemm for gemm in legal if is_worthwhile(gemm)]
-    plain = [gemm for gemm in worthwhile if not (gemm.tile.dynamic or gemm.turned)]
-    return min(plain if lean else worthwhile, key=cost)
+    worthwhile = [gemm for gemm in legal if is_worthwhile(gemm) and (gemm.lean or not lean)]
+    return min(worthwhile, key=cost)
 
 
 WeightKernel = Literal["d_weight2", "d_weight13"]
