@@ -260,8 +260,9 @@ COLUMN_COST = {256: 1.0, 192: 1.05, 128: 1.3, 64: 2.0}
 # at D 1536, F 256: 128x192 ping-pong 0.48, 128x256 cooperative 0.59; down at D 4096, F 1024: 1.62,
 # 1.80.
 PINGPONG_COLUMN_COST = {192: 0.9, 128: 1.1}
-# A turned tile's rows are as wide as an expert needs.
-TURNED_COLUMN_COST = 0.85
+# The same for turned tiles, whose rows are as wide as an expert needs.
+TURNED_COLUMN_COST = {192: 0.85, 176: 0.85}
+COLUMN_COSTS = {"pingpong": PINGPONG_COLUMN_COST, "turned": TURNED_COLUMN_COST}
 # Candidates of every kernel on sm_90a; the cheapest legal one is taken, the first one of equals.
 PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
 TURNED = RowTile(192, 5, "turned", epi_n=32, epi_sets=2)
@@ -328,11 +329,7 @@ def is_worthwhile(gemm: RowGemm) -> bool:
 
 def cost(gemm: RowGemm) -> float:
     """Relative time that a row tile's columns take."""
-    tile = gemm.tile
-    if gemm.turned:
-        return gemm.columns * TURNED_COLUMN_COST
-    costs = PINGPONG_COLUMN_COST if tile.schedule == "pingpong" else COLUMN_COST
-    return gemm.columns * costs[tile.tile_n]
+    return gemm.columns * COLUMN_COSTS.get(gemm.tile.schedule, COLUMN_COST)[gemm.tile.tile_n]
 
 
 def pick_rows(

@@ -70,7 +70,7 @@ def publish(tickets: Tickets, turn: Int32, unit: Int32):
 
     All its lanes do the same, and `take` says that they know the same: in a loop where a warp may
     part, or about what its lanes may see differently, the compiler does not use uniform registers,
-    and every load by TMA takes five times the instructions.
+    and every load by TMA moves its operands there by itself.
     """
     use = turn - 1
     slot = use % SLOTS
