@@ -27,6 +27,7 @@ MAX_EXPERTS = 1024
 THREADS = 384  # one producer and two consumer warpgroups
 TURNED_BOX_ROWS = 32  # of one load of a turned tile's rows
 FINE_STEP, COARSE_STEP = 8, 32  # of the widths of turned tiles; wgmma's N is a multiple of 8
+ROW_GROUPS = (4, 8, 16, 32)  # row tiles of an expert that L2 is to keep
 UNIT_SLOTS = 4  # of units that are drawn: more than the turns that stages can be ahead
 
 
@@ -46,6 +47,8 @@ class RowTile:
     tiles, and 128 columns along M (turned.py); epi_n: rows of one store.
     dynamic: clusters take units as they become free (tickets.py) instead of every so many-th, and
     units that share a weight tile follow each other.
+    row_group: where they do, for so many row tiles of an expert (a power of two) at a time: in all
+    columns before the next ones, so that L2 keeps their rows; 0 is all of an expert's.
     """
 
     tile_n: int
@@ -55,6 +58,7 @@ class RowTile:
     epi_sets: int = 1
     load_sets: int = 0
     dynamic: bool = False
+    row_group: int = 0
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,11 @@ class RowGemm:
         return self.tile.schedule == "turned"
 
     @property
+    def rows_innermost(self) -> bool:
+        """Whether units that share a weight tile follow each other."""
+        return self.tile.dynamic or (self.turned and not self.gathers)
+
+    @property
     def lean(self) -> bool:
         """False with drawn units, which take a counter, and with turned tiles, slow to compile."""
         return not (self.tile.dynamic or self.turned)
@@ -245,6 +254,8 @@ def why_illegal(gemm: RowGemm) -> str | None:
         return f"epi_sets={tile.epi_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.dynamic and gemm.kernel == "d_hidden":
         return "dynamic units are for up, down and d_input: a relayed epilogue cannot take them"
+    if tile.row_group and not (gemm.rows_innermost and tile.row_group in ROW_GROUPS):
+        return f"row_group={tile.row_group}: with rows innermost, one of {ROW_GROUPS}"
     if gemm.loads and (tile.load_sets < 1 or (gemm.epi_chunks * blocks) % tile.load_sets):
         return f"load_sets={tile.load_sets} must divide the {gemm.epi_chunks * blocks} chunks"
     if tile.stages < 2:
@@ -266,6 +277,7 @@ COLUMN_COSTS = {"pingpong": PINGPONG_COLUMN_COST, "turned": TURNED_COLUMN_COST}
 # Candidates of every kernel on sm_90a; the cheapest legal one is taken, the first one of equals.
 PINGPONG = RowTile(192, 5, "pingpong", epi_n=32, epi_sets=2)
 TURNED = RowTile(192, 5, "turned", epi_n=32, epi_sets=2)
+UP_TURNED = RowTile(176, 3, "turned", dynamic=True)
 WIDE = RowTile(256, 4, epi_n=64, epi_sets=2)
 PLAIN_TILES = (
     PINGPONG,
@@ -276,7 +288,7 @@ PLAIN_TILES = (
 )
 ROW_TILES: dict[RowKernel, tuple[RowTile, ...]] = {
     "up": (
-        RowTile(176, 3, "turned", dynamic=True),
+        UP_TURNED,
         RowTile(256, 4, dynamic=True),
         RowTile(256, 4),
         RowTile(128, 4),

@@ -88,16 +88,16 @@ def test_every_width_works_on_every_routing(
 @pytest.mark.parametrize(
     "case",
     [
-        Case(3000, 192, 192, 24, 3),
-        Case(3000, 320, 320, 24, 3),  # the last tile has no column
-        Case(3000, 768, 256, 24, 3, activation="relu2"),
+        Case(3300, 192, 192, 24, 3),
+        Case(3300, 320, 320, 24, 3),  # the last tile has no column
+        Case(3300, 768, 256, 24, 3, activation="relu2"),
     ],
     ids=lambda case: case.name,
 )
 def test_turned_tiles_of_every_width_are_right(
     case: Case, routing: str, kernel: str, tile: RowTile
 ) -> None:
-    """An expert has none, some or several tiles of rows."""
+    """An expert has none, some, several tiles of rows, or more than a row group."""
     with forced_tile(kernel, tile):
         CHECKS[kernel](make_problem(dataclasses.replace(case, routing=routing), torch.bfloat16))
 

@@ -11,6 +11,8 @@ from sonicmoe_kernels.tiles import (
     ROW_TILES,
     SHARED_MEMORY_LIMIT,
     TILE_K,
+    TURNED,
+    UP_TURNED,
     RowGemm,
     RowTile,
     pick_rows,
@@ -98,8 +100,8 @@ def test_counted_shared_memory_covers_drawn_units():
 @pytest.mark.parametrize(
     ("kernel", "tile"),
     [
-        ("down", RowTile(192, 5, "turned", epi_n=32, epi_sets=2)),
-        ("up", RowTile(176, 3, "turned")),
+        ("down", TURNED),
+        ("up", dataclasses.replace(UP_TURNED, dynamic=False)),
     ],
 )
 def test_counted_shared_memory_covers_turned_tiles(kernel, tile):

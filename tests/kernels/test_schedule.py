@@ -17,9 +17,13 @@ from sonicmoe_kernels.cute import schedule  # noqa: E402
 from sonicmoe_kernels.tiles import RowGemm, RowTile  # noqa: E402
 
 NUM_EXPERTS = 12
-# Rows of a tile, columns of tiles, CTAs of a cluster, whether units are drawn.
-SHAPES = [(128, 1, 1, False), (128, 3, 1, False)]
-SHAPES += [(128, n_tiles, 2, drawn) for n_tiles in (1, 2, 3, 6) for drawn in (False, True)]
+# Rows of a tile, columns of tiles, CTAs of a cluster, whether units are drawn, in groups of rows.
+SHAPES = [(128, 1, 1, False, 0), (128, 3, 1, False, 0)]
+SHAPES += [
+    (128, n_tiles, 2, *order)
+    for n_tiles in (1, 2, 3, 6)
+    for order in ((False, 0), (True, 0), (True, 4))
+]
 
 
 @cute.jit
@@ -31,6 +35,7 @@ def walk(
     n_tiles: Constexpr,
     cluster: Constexpr,
     drawn: Constexpr,
+    row_group: Constexpr,
 ):
     """Writes (expert, m, n, shared) of every (unit, rank) and the prefix over experts."""
     total = Int32(0)
@@ -45,7 +50,7 @@ def walk(
         for rank in range(cluster):
             own = unit - mStart[expert]
             if cutlass.const_expr(drawn):
-                tile = schedule.tile_of_drawn(own, rows, rank, tile_m, n_tiles)
+                tile = schedule.tile_of_drawn(own, rows, rank, tile_m, n_tiles, row_group)
             else:
                 tile = schedule.tile_of(own, rows, rank, tile_m, n_tiles, cluster)
             at = unit * cluster + rank
@@ -55,21 +60,25 @@ def walk(
             mTiles[at, 3] = tile.shared_weights
 
 
-def expected_tiles(counts, tile_m, n_tiles, cluster, drawn):
+def expected_tiles(counts, tile_m, n_tiles, cluster, drawn, row_group):
     """The same list in plain Python."""
     tiles = []
     for expert, rows in enumerate(counts):
         m_tiles = -(-rows // tile_m)
-        paired = m_tiles if cluster == 1 else m_tiles - m_tiles % 2
         step = 2 if drawn else n_tiles
-        for begin in range(0, n_tiles, step):
-            columns = range(begin, min(begin + step, n_tiles))
-            for m in range(0, paired, cluster):
-                for n in columns:
-                    tiles += [(expert, m + rank, n, int(cluster == 2)) for rank in range(cluster)]
-            if paired < m_tiles:
-                even = len(columns) + len(columns) % 2
-                tiles += [(expert, paired, begin + i, 0) for i in range(even)]
+        group = row_group or m_tiles or 1
+        for first in range(0, m_tiles, group):
+            group_tiles = min(group, m_tiles - first)
+            paired = first + (group_tiles if cluster == 1 else group_tiles - group_tiles % 2)
+            for begin in range(0, n_tiles, step):
+                columns = range(begin, min(begin + step, n_tiles))
+                for m in range(first, paired, cluster):
+                    for n in columns:
+                        shared = int(cluster == 2)
+                        tiles += [(expert, m + rank, n, shared) for rank in range(cluster)]
+                if paired < first + group_tiles:
+                    even = len(columns) + len(columns) % 2
+                    tiles += [(expert, paired, begin + i, 0) for i in range(even)]
     return tiles
 
 
@@ -84,7 +93,8 @@ def compiled_walks():
 @given(
     counts=st.lists(
         st.one_of(
-            st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257]), st.integers(0, 700)
+            st.sampled_from([0, 1, 63, 64, 65, 127, 128, 129, 255, 256, 257, 512, 513, 640]),
+            st.integers(0, 1500),
         ),
         min_size=NUM_EXPERTS,
         max_size=NUM_EXPERTS,
@@ -126,11 +136,11 @@ TURNED_PAIRS = 3
 
 
 @cute.jit
-def turn(rows: Int32, mTiles: cute.Tensor, tile_rows: Constexpr):
+def turn(rows: Int32, mTiles: cute.Tensor, tile_rows: Constexpr, row_group: Constexpr):
     """Writes (row, end, width, n) of every (unit, rank) of an expert."""
     for unit in range(schedule.units_of(rows, tile_rows, TURNED_PAIRS, 1)):
         for rank in range(2):
-            tile = schedule.turned_tile(unit, rows, rank, tile_rows)
+            tile = schedule.turned_tile(unit, rows, rank, tile_rows, TURNED_PAIRS, row_group)
             at = 2 * unit + rank
             mTiles[at, 0] = tile.row
             mTiles[at, 1] = tile.end
@@ -138,10 +148,11 @@ def turn(rows: Int32, mTiles: cute.Tensor, tile_rows: Constexpr):
             mTiles[at, 3] = tile.n
 
 
+@pytest.mark.parametrize("row_group", [0, 8])
 @pytest.mark.parametrize("tile_rows", [176, 192])
-def test_turned_tiles_of_any_expert_are_even_and_hold_every_row_once(tile_rows):
+def test_turned_tiles_of_any_expert_are_even_and_hold_every_row_once(tile_rows, row_group):
     example = from_dlpack(torch.zeros((4, 4), dtype=torch.int32)).mark_layout_dynamic()
-    compiled = cute.compile(turn, Int32(0), example, tile_rows)
+    compiled = cute.compile(turn, Int32(0), example, tile_rows, row_group)
     tile = RowTile(tile_rows, 3, "turned")
     widths = RowGemm("up", 64, 64, 1, "bfloat16", "swiglu", tile).widths
     assert all(width % 8 == 0 for width in widths) and widths[-1] == tile_rows
@@ -150,7 +161,9 @@ def test_turned_tiles_of_any_expert_are_even_and_hold_every_row_once(tile_rows):
         tiles = torch.full((2 * TURNED_PAIRS * count + 2, 4), -1, dtype=torch.int32)
         compiled(rows, from_dlpack(tiles).mark_layout_dynamic())
         assert (tiles[-2:] == -1).all()
-        row, end, width, n = tiles[:-2].view(TURNED_PAIRS, count, 2, 4).unbind(-1)
+        groups = tiles[:-2].split(2 * TURNED_PAIRS * (row_group or count or 1))
+        by_column = [group.view(TURNED_PAIRS, -1, 2, 4) for group in groups]
+        row, end, width, n = torch.cat(by_column, dim=1).unbind(-1)
         assert (n == torch.arange(2 * TURNED_PAIRS).view(TURNED_PAIRS, 1, 2)).all()
         assert (row == row[:1, :, :1]).all() and (end == end[:1, :, :1]).all()
         if rows:

@@ -56,6 +56,8 @@ def test_every_multiple_of_64_has_a_legal_configuration(kernel, d, f, experts, a
             {"kernel": "d_hidden", "tile": RowTile(256, 3, load_sets=2, dynamic=True)},
             "for up, down",
         ),
+        ({"tile": RowTile(256, 3, row_group=8)}, "rows innermost"),
+        ({"tile": RowTile(256, 3, dynamic=True, row_group=12)}, "row_group=12"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3)}, "load_sets=0"),
         ({"tile": RowTile(256, 3, "relayed")}, "d_hidden only"),
         ({"kernel": "d_hidden", "tile": RowTile(256, 3, "relayed", load_sets=2)}, "by 4"),

@@ -411,9 +411,9 @@ class GroupedGemmM(MainLoop):
 
     def tile_at(self, unit: Int32, rows: Int32, rank: Int32) -> schedule.Tile:
         """A CTA's tile of a unit, counted from its expert's first."""
-        gemm = self.gemm
+        gemm, group = self.gemm, self.tile.row_group
         if const_expr(self.tile.dynamic):
-            return schedule.tile_of_drawn(unit, rows, rank, gemm.tile_rows, gemm.n_tiles)
+            return schedule.tile_of_drawn(unit, rows, rank, gemm.tile_rows, gemm.n_tiles, group)
         return schedule.tile_of(unit, rows, rank, gemm.tile_rows, gemm.n_tiles, CLUSTER)
 
     # ----------------------------------------------------- device: producer

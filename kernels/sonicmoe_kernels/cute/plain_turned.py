@@ -75,7 +75,8 @@ class PlainTurned(Turned):
     # ------------------------------------------------------ device: producer
 
     def tile_at(self, unit: Int32, rows: Int32, rank: Int32) -> schedule.TurnedTile:
-        return schedule.turned_tile(unit, rows, rank, self.gemm.tile_rows)
+        gemm, group = self.gemm, self.tile.row_group
+        return schedule.turned_tile(unit, rows, rank, gemm.tile_rows, gemm.n_tiles, group)
 
     def partition_weight(self, maps: TmaMap, sSource: cute.Tensor, rank: Int32) -> tuple:
         """(shared, global) of a weight; global is (box, M, K, E)."""

@@ -12,7 +12,9 @@ TMA reads zeros there and stores nothing.
 
 Units of one expert are consecutive, pairs of rows outermost, n innermost, so the rows of A stay in
 L2 while the cluster next to it takes the next n. Where units are drawn (tickets.py), rows are
-innermost instead: whatever shares a weight tile starts at about the same time.
+innermost instead: whatever shares a weight tile starts at about the same time. An expert of many
+rows would then bring all of them again for every few columns: a group of its row tiles at a time
+has all columns before the next group.
 
 All functions here are index arithmetic without warp intrinsics (they also run on the CPU), except
 `load_schedule`, which is a block-wide scan.
@@ -92,21 +94,33 @@ def tile_of(
 
 @cute.jit
 def tile_of_drawn(
-    unit: Int32, rows: Int32, rank: Int32, tile_m: Constexpr, n_tiles: Constexpr
+    unit: Int32,
+    rows: Int32,
+    rank: Int32,
+    tile_m: Constexpr,
+    n_tiles: Constexpr,
+    row_group: Constexpr,
 ) -> Tile:
     """The same with rows innermost, for clusters of two: the units of two columns of tiles follow
-    each other, pairs of rows first.
+    each other, pairs of rows first, of `row_group` row tiles (0: of all).
     """
     m_tiles = (rows + (tile_m - 1)) // tile_m
-    pairs = m_tiles // 2
-    group = 2 * pairs + m_tiles % 2
+    pairs, odd, first = m_tiles // 2, m_tiles % 2, Int32(0)
+    if const_expr(row_group):
+        most = row_group // 2
+        first = unit // (most * n_tiles) * most
+        unit -= first * n_tiles
+        pairs -= first
+        if pairs >= most:  # an odd tile is of the group behind
+            pairs, odd = Int32(most), Int32(0)
+    group = 2 * pairs + odd
     step = unit // group
     unit -= step * group
     columns = Int32(2)
     if step == n_tiles // 2:  # the last one of an odd number
         columns = Int32(1)
     pair = unit // columns
-    m = 2 * pair + rank
+    m = 2 * (first + pair) + rank
     n = 2 * step + unit - pair * columns
     shared = Int32(1)
     if pair >= pairs:
@@ -144,15 +158,28 @@ def turned_width(rows: Int32, tile_rows: Constexpr) -> Int32:
 
 
 @cute.jit
-def turned_tile(unit: Int32, rows: Int32, rank: Int32, tile_rows: Constexpr) -> TurnedTile:
+def turned_tile(
+    unit: Int32,
+    rows: Int32,
+    rank: Int32,
+    tile_rows: Constexpr,
+    n_pairs: Constexpr,
+    row_group: Constexpr,
+) -> TurnedTile:
     """The tile of CTA `rank` in `unit` of clusters that share rows: its CTAs have two n.
 
-    Rows are innermost: units that have the same weights follow each other.
+    Rows are innermost, of `row_group` row tiles (0: of all): units that have the same weights
+    follow each other.
     """
     tiles = (rows + (tile_rows - 1)) // tile_rows
     width = turned_width(rows, tile_rows)
+    first = Int32(0)
+    if const_expr(row_group):
+        first = unit // (row_group * n_pairs) * row_group
+        unit -= first * n_pairs
+        tiles = cutlass.min(tiles - first, row_group)
     pair = unit // tiles
-    row = (unit - pair * tiles) * width
+    row = (first + unit - pair * tiles) * width
     return TurnedTile(row, cutlass.min(row + width, rows), width, 2 * pair + rank, Int32(0))
 
 
