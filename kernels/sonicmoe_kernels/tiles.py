@@ -210,14 +210,26 @@ class RowGemm:
     @property
     def shared_memory(self) -> int:
         """Bytes of shared memory, counted as the kernel lays them out."""
+        return self._bytes_with(tables=2 if self.offsets_in_shared else 1)
+
+    @property
+    def offsets_in_shared(self) -> bool:
+        """Whether the experts' offsets are copied to shared memory, beside their first units.
+
+        A relayed tile that has no room for many experts' reads them where they are.
+        """
+        return not self.relayed or self._bytes_with(tables=2) <= SHARED_MEMORY_LIMIT
+
+    def _bytes_with(self, *, tables: int) -> int:
+        """Bytes of shared memory with so many tables of E + 1 numbers."""
         tile, aligned = self.tile, 1024
         stage = (self.tile_rows + self.n_sources * self.n_step) * TILE_K * ELEMENT_BYTES
         chunk = WARPGROUP_ROWS * tile.epi_n * ELEMENT_BYTES
         buffers = chunk * (self.store_buffers + self.load_buffers)
-        tables = 8 * 2 * tile.stages + 8 * self.epilogue_barriers
-        tables += 4 * (2 * (self.num_experts + 1) + THREADS // 32)
-        tables += (8 * 2 + 4) * UNIT_SLOTS * tile.dynamic
-        return -(-tables // aligned) * aligned + tile.stages * stage + buffers
+        small = 8 * 2 * tile.stages + 8 * self.epilogue_barriers
+        small += 4 * (tables * (self.num_experts + 1) + THREADS // 32)
+        small += (8 * 2 + 4) * UNIT_SLOTS * tile.dynamic
+        return -(-small // aligned) * aligned + tile.stages * stage + buffers
 
 
 def why_illegal(gemm: RowGemm) -> str | None:
@@ -316,9 +328,9 @@ def relay_pays(gemm: RowGemm) -> bool:
     H100, 2026-11-27, relayed and cooperative tiles of 256 columns, ms: 0.44, 0.47 (D 1536, F 256);
     1.77, 1.93 (2048, 768); 2.33, 2.33 and 2.39, 2.35 (4096): the main loop is most of the time in
     both; 0.60, 0.53 (768): two warps need longer than it. Rounded to fp16, dA' would overflow
-    before its score has scaled it.
+    before its score has scaled it. With offsets in global memory it has not been measured.
     """
-    return gemm.dtype == "bfloat16" and 1024 <= gemm.d < 4096
+    return gemm.dtype == "bfloat16" and 1024 <= gemm.d < 4096 and gemm.offsets_in_shared
 
 
 LARGE_WEIGHT_BYTES = 6 * 2**20  # of one of an expert's weights

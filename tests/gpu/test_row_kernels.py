@@ -127,6 +127,14 @@ def test_a_thousand_experts_most_of_them_empty(kernel: str) -> None:
     CHECKS[kernel](make_problem(case, torch.bfloat16))
 
 
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_relayed_tile_reads_many_experts_offsets_where_they_are(routing: str) -> None:
+    tile = next(tile for tile in ROW_TILES["d_hidden"] if tile.schedule == "relayed")
+    case = Case(3000, 768, 256, E=512, K=3, routing=routing)
+    with chosen("d_hidden", tile, case):
+        CHECKS["d_hidden"](make_problem(case, torch.bfloat16))
+
+
 @pytest.mark.parametrize(("kernel", "tile"), CHOICES + TURNED, ids=str)
 def test_repeats_are_bitwise_equal_while_another_stream_loads_the_gpu(
     kernel: str, tile: RowTile | None

@@ -11,8 +11,6 @@ from sonicmoe_kernels.tiles import (
     ROW_TILES,
     SHARED_MEMORY_LIMIT,
     TILE_K,
-    TURNED,
-    UP_TURNED,
     RowGemm,
     RowTile,
     pick_rows,
@@ -41,6 +39,8 @@ def configurations():
     gemms.append(
         RowGemm("d_hidden", 192, 320, 3, "float16", "silu", RowTile(128, 4, "relayed", load_sets=4))
     )
+    relayed = next(tile for tile in ROW_TILES["d_hidden"] if tile.schedule == "relayed")
+    gemms.append(RowGemm("d_hidden", 2048, 512, 512, "bfloat16", "swiglu", relayed))
     for name in ACTIVATIONS:
         if name != "swiglu":
             gemms.append(pick_rows("up", d=192, f=128, num_experts=3, activation=name))
@@ -60,7 +60,12 @@ def label(gemm):
 
 @pytest.mark.parametrize("gemm", configurations(), ids=label)
 def test_configuration_compiles_with_tensor_cores_and_a_main_loop_in_registers(gemm, tmp_path):
-    compiled = kernel_cache.compile_kernel(gemm)
+    kernel_cache.prepare_dsl()
+    from sonicmoe_kernels.cute import build_rows
+
+    instance = build_rows.instance_of(gemm)
+    compiled = build_rows.compile_instance(instance)
+    check_shared_memory(instance)
     object_file = tmp_path / "kernel.o"
     compiled.export_to_c(object_file_path=str(object_file), function_name=kernel_cache.ENTRY)
     if tools_folder() is None:
@@ -81,43 +86,12 @@ def test_configuration_compiles_with_tensor_cores_and_a_main_loop_in_registers(g
     assert not [line for line in sass.instructions if "UTMALDG" in line and line.startswith("@")]
 
 
-@pytest.mark.parametrize("kernel", ROW_TILES)
-def test_counted_shared_memory_covers_what_the_kernel_lays_out(kernel):
-    assert_shared_memory(pick_rows(kernel, d=SIZES[0], f=SIZES[1], num_experts=SIZES[2]))
-
-
-@pytest.mark.parametrize("schedule", ["relayed", "cooperative"])
-def test_counted_shared_memory_covers_every_schedule_of_dh(schedule):
-    tile = next(tile for tile in ROW_TILES["d_hidden"] if tile.schedule == schedule)
-    assert_shared_memory(RowGemm("d_hidden", *SIZES, "bfloat16", "swiglu", tile))
-
-
-def test_counted_shared_memory_covers_drawn_units():
-    tile = next(tile for tile in ROW_TILES["d_input"] if tile.dynamic)
-    assert_shared_memory(RowGemm("d_input", *SIZES, "bfloat16", "swiglu", tile))
-
-
-@pytest.mark.parametrize(
-    ("kernel", "tile"),
-    [
-        ("down", TURNED),
-        ("up", dataclasses.replace(UP_TURNED, dynamic=False)),
-    ],
-)
-def test_counted_shared_memory_covers_turned_tiles(kernel, tile):
-    assert_shared_memory(RowGemm(kernel, *SIZES, "bfloat16", "swiglu", tile))
-
-
-def assert_shared_memory(gemm):
-    kernel_cache.prepare_dsl()
-    from sonicmoe_kernels.cute import build_rows
-
-    instance = build_rows.instance_of(gemm)
-    build_rows.compile_instance(instance)
-    laid_out = instance.Storage.size_in_bytes()
-    assert laid_out <= gemm.shared_memory <= SHARED_MEMORY_LIMIT
-    assert gemm.shared_memory - laid_out <= 2048  # counted, not guessed
-    offsets, column = instance.Storage._offsets, gemm.tile.stages * TILE_K * ELEMENT_BYTES
+def check_shared_memory(instance):
+    """What is counted covers what is laid out, and operands have the room that they take."""
+    gemm, storage = instance.gemm, instance.Storage
+    assert storage.size_in_bytes() <= gemm.shared_memory <= SHARED_MEMORY_LIMIT
+    assert gemm.shared_memory - storage.size_in_bytes() <= 2048  # counted, not guessed
+    offsets, column = storage._offsets, gemm.tile.stages * TILE_K * ELEMENT_BYTES
     assert offsets["b"] - offsets["a"] == gemm.tile_rows * column
     assert offsets["stores"] - offsets["b"] == gemm.n_sources * gemm.n_step * column
 

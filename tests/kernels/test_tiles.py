@@ -81,12 +81,21 @@ def test_asking_for_impossible_sizes_raises_what_is_accepted():
         ({"d": 768}, "cooperative"),
         ({"d": 4096}, "cooperative"),
         ({"d": 1536, "dtype": "float16"}, "cooperative"),
-        ({"d": 1536, "num_experts": 512}, "cooperative"),  # no shared memory left
+        ({"d": 1536, "num_experts": 512}, "cooperative"),  # offsets have no room
     ],
 )
 def test_dh_is_relayed_where_that_pays(changes, schedule):
     sizes = {"f": 256, "num_experts": 128} | changes
     assert pick_rows("d_hidden", **sizes).tile.schedule == schedule
+
+
+def test_a_relayed_tile_reads_many_experts_offsets_where_they_are():
+    relayed = RowTile(256, 3, "relayed", load_sets=4)
+    for experts, in_shared in ((359, True), (360, False), (512, False)):
+        wide = gemm(kernel="d_hidden", experts=experts, tile=relayed)
+        assert why_illegal(wide) is None
+        assert wide.offsets_in_shared == in_shared
+    assert "shared memory" in why_illegal(gemm(kernel="d_hidden", experts=1024, tile=relayed))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ Warp roles, 384 threads a CTA, one CTA a multiprocessor, clusters of two:
   loop. Relayed: relayed.py. Turned, with A's rows along N: turned.py.
 
 Shared memory: per stage (128 + N) * 128 bytes; store and load buffers of the epilogue; two tables
-of E + 1 numbers. Every CTA of a cluster has the same number of k tiles per unit, so stages stay in
-step.
+of E + 1 numbers (relayed with many experts: one). Every CTA of a cluster has the same number of k
+tiles per unit, so stages stay in step.
 """
 
 from typing import NamedTuple
@@ -84,7 +84,7 @@ class Loads(NamedTuple):
 class Walk(NamedTuple):
     """The schedule's tables, and which CTA of which cluster walks over the units."""
 
-    sOffsets: cute.Tensor  # (E + 1,) first row of every expert
+    offsets: cute.Tensor  # (E + 1,) first row of every expert
     sStart: cute.Tensor  # (E + 1,) first unit of every expert
     rank: Int32
     cluster: Int32
@@ -173,7 +173,7 @@ class GroupedGemmM(MainLoop):
         class Storage:
             stage_barriers: cute.struct.MemRange[Int64, 2 * tile.stages]
             epilogue_barriers: cute.struct.MemRange[Int64, max(gemm.epilogue_barriers, 2)]
-            offsets: cute.struct.MemRange[Int32, gemm.num_experts + 1]
+            offsets: cute.struct.MemRange[Int32, (gemm.num_experts + 1) * gemm.offsets_in_shared]
             start: cute.struct.MemRange[Int32, gemm.num_experts + 1]
             warp_sums: cute.struct.MemRange[Int32, THREADS // 32]
             unit_barriers: cute.struct.MemRange[Int64, 2 * tickets.SLOTS * tile.dynamic]
@@ -303,10 +303,12 @@ class GroupedGemmM(MainLoop):
         cute.arch.mbarrier_init_fence()
         cute.arch.cluster_arrive_relaxed()
         table = cute.make_layout(gemm.num_experts + 1)
-        sOffsets = storage.offsets.get_tensor(table)
+        sOffsets = None
+        if const_expr(gemm.offsets_in_shared):
+            sOffsets = storage.offsets.get_tensor(table)
         sStart = storage.start.get_tensor(table)
         sWarpSums = storage.warp_sums.get_tensor(cute.make_layout(THREADS // 32))
-        schedule.load_schedule(
+        offsets = schedule.load_schedule(
             mOffsets,
             sOffsets,
             sStart,
@@ -325,7 +327,7 @@ class GroupedGemmM(MainLoop):
         sSource = storage.b.get_tensor(source_layout.outer, swizzle=source_layout.inner)
         cluster = cute.arch.block_idx()[0] // CLUSTER
         clusters = cute.arch.grid_dim()[0] // CLUSTER
-        walk = Walk(sOffsets, sStart, rank, cluster, clusters, drawn)
+        walk = Walk(offsets, sStart, rank, cluster, clusters, drawn)
 
         if group == 0:
             cute.arch.setmaxregister_decrease(self.producer_registers)
@@ -405,8 +407,8 @@ class GroupedGemmM(MainLoop):
     def locate(self, walk, unit: Int32, expert: Int32):
         """(expert, its first row, its rows, this CTA's tile) of a unit not before `expert`'s."""
         expert = schedule.find_expert(unit, expert, walk.sStart, self.gemm.num_experts)
-        first = walk.sOffsets[expert]
-        length = walk.sOffsets[expert + 1] - first
+        first = walk.offsets[expert]
+        length = walk.offsets[expert + 1] - first
         return expert, first, length, self.tile_at(unit - walk.sStart[expert], length, walk.rank)
 
     def tile_at(self, unit: Int32, rows: Int32, rank: Int32) -> schedule.Tile:

@@ -186,7 +186,7 @@ def turned_tile(
 @cute.jit
 def load_schedule(
     mOffsets: cute.Tensor,
-    sOffsets: cute.Tensor,
+    sOffsets: cute.Tensor | None,
     sStart: cute.Tensor,
     sWarpSum: cute.Tensor,
     num_experts: Constexpr,
@@ -195,8 +195,8 @@ def load_schedule(
     n_tiles: Constexpr,
     cluster: Constexpr,
 ):
-    """Fills sOffsets (E+1) and sStart (E+1), the first unit of every expert; all `threads` threads
-    call it.
+    """Fills sOffsets (E+1), if there is one, and sStart (E+1), the first unit of every expert; all
+    `threads` threads call it. Returns where the offsets are to be read.
 
     Thread t owns ceil(E / threads) consecutive experts: O(E / threads) work and one scan over
     warps. Ends with the tables written but not yet visible: the caller synchronises the block
@@ -205,16 +205,19 @@ def load_schedule(
     thread = cute.arch.thread_idx()[0]
     lane = cute.arch.lane_idx()
     warp = cute.arch.warp_idx()
-    for i in cutlass.range(thread, num_experts + 1, threads):
-        sOffsets[i] = mOffsets[i]
-    cute.arch.sync_threads()
+    offsets = mOffsets
+    if const_expr(sOffsets is not None):
+        for i in cutlass.range(thread, num_experts + 1, threads):
+            sOffsets[i] = mOffsets[i]
+        cute.arch.sync_threads()
+        offsets = sOffsets
     per_thread = (num_experts + threads - 1) // threads
     first = thread * per_thread
     total = Int32(0)
     for j in cutlass.range_constexpr(per_thread):
         e = first + j
         if e < num_experts:
-            total += units_of(sOffsets[e + 1] - sOffsets[e], tile_m, n_tiles, cluster)
+            total += units_of(offsets[e + 1] - offsets[e], tile_m, n_tiles, cluster)
     inclusive = total
     for step in cutlass.range_constexpr(5):
         below = cute.arch.shuffle_sync_up(inclusive, 1 << step)
@@ -231,6 +234,7 @@ def load_schedule(
         e = first + j
         if e < num_experts:
             sStart[e] = start
-            start += units_of(sOffsets[e + 1] - sOffsets[e], tile_m, n_tiles, cluster)
+            start += units_of(offsets[e + 1] - offsets[e], tile_m, n_tiles, cluster)
             if e == num_experts - 1:
                 sStart[num_experts] = start
+    return offsets
