@@ -4,6 +4,7 @@
     python scripts/gpu_check.py check    [--cases ...]           against fp32 references
     python scripts/gpu_check.py time     [--cases 7b,...]        medians and floors, in rounds
     python scripts/gpu_check.py variants [--cases 7b,...]        configurations side by side
+    python scripts/gpu_check.py overlap  [--cases 7b,...]        dX's aggregation beside dW1 and dW3
 
 Cases: names or groups of tests/cases.py's benchmarks, small, activations, extra. Only `build` needs
 no GPU.
@@ -17,6 +18,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import statistics
@@ -26,6 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "scripts")]
@@ -63,6 +66,7 @@ from tests.cases import (  # noqa: E402
 
 TIMEOUT_S = 60
 CONCURRENT = 5  # subprocesses on one GPU
+SPARED = (0, 4, 8, 12, 20)  # multiprocessors that dW1 and dW3 leave to the aggregation
 KERNELS = ("up", "down", "d_hidden", "d_input", "d_weight2", "d_weight13")
 EXTRA_CASES = (
     Case(3000, 192, 192, 5, 2, "zipf"),
@@ -301,6 +305,61 @@ def run_time(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_overlap(arguments: argparse.Namespace) -> int:
+    """The backward pass with its aggregation in turn, and beside dW1 and dW3, in rounds."""
+    from sonicmoe_kernels import hopper
+
+    from tests.cases import make_plan
+    from tests.gpu.row_kernels import launchers, make_problem
+
+    side = torch.cuda.Stream()
+    for name, case in cases_named(arguments.cases):
+        problem = make_problem(case, getattr(torch, arguments.dtype))
+        plan = make_plan(case, problem.inputs.pairs, device="cuda")
+        calls = {kernel: launch.call for kernel, launch in launchers(problem).items()}
+        aggregate = functools.partial(
+            hopper.aggregate,
+            torch.zeros((problem.r_max, case.D), dtype=problem.inputs.x_TD.dtype, device="cuda"),
+            plan.token_rows_R,
+            plan.token_offsets,
+            torch.empty_like(problem.inputs.x_TD),
+            rows_per_token=plan.rows_per_token,
+        )
+        times: dict[int, list[float]] = {spared: [] for spared in SPARED}
+        for _ in range(arguments.rounds):
+            for spared, measured in times.items():
+                call = functools.partial(backward, calls, aggregate, spared, side)
+                measured.append(median_ms(call, arguments.repeats))
+        for spared, measured in times.items():
+            shown = " ".join(f"{ms:.3f}" for ms in measured)
+            print(f"{name} backward {shown} ms, {spared} multiprocessors spared", flush=True)
+        del problem, plan, calls, aggregate
+        torch.cuda.empty_cache()
+    return 0
+
+
+def backward(calls: dict, aggregate, spared: int, side: torch.cuda.Stream) -> None:
+    """A layer's backward pass. With some multiprocessors spared, dW1 and dW3 run on the others,
+    and dX's aggregation meanwhile on the stream `side`.
+    """
+    from sonicmoe_kernels import hopper
+
+    for kernel in ("d_hidden", "d_weight2", "d_input"):
+        calls[kernel]()
+    if not spared:
+        aggregate()
+        calls["d_weight13"]()
+        return
+    stream = torch.cuda.current_stream()
+    side.wait_stream(stream)
+    ctas = hopper.num_ctas(torch.cuda.current_device()) - spared
+    with mock.patch.object(hopper, "num_ctas", lambda _: ctas):
+        calls["d_weight13"]()  # first: what comes later gets what it leaves
+    with torch.cuda.stream(side):
+        aggregate()
+    stream.wait_stream(side)
+
+
 def median_ms(call, repeats: int) -> float:
     """Median time of one call, each between its own pair of events."""
     for _ in range(3):
@@ -317,7 +376,7 @@ def median_ms(call, repeats: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=("build", "check", "time", "variants", "one"))
+    parser.add_argument("action", choices=("build", "check", "time", "variants", "overlap", "one"))
     parser.add_argument("--cases", default="small,extra,activations")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--kernels", default=",".join(KERNELS))
@@ -330,7 +389,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     actions = {"build": run_build, "check": run_check, "time": run_time, "one": run_one}
-    actions["variants"] = run_variants
+    actions |= {"variants": run_variants, "overlap": run_overlap}
     return actions[arguments.action](arguments)
 
 
