@@ -1,6 +1,6 @@
 """What a router did, added up on the device: one RouterStats per MoE layer.
 
-Legend: E experts, V the values named in RouterStats.NAMES, P choices, N parts of them of C choices.
+Legend: E experts, V the values named in RouterStats.NAMES.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 KERNEL_TILE_ROWS = 128
 """Rows of the experts' GEMM tiles: every expert computes whole tiles."""
-MANY_CHOICES, PARTS = 2**15, 32
-"""So many choices are counted in parts: on a GPU, those of one expert wait for each other."""
 
 
 class RouterStats:
@@ -119,12 +117,6 @@ class RouterStats:
         """
         if into_E is not None and into_E.dtype != self.one.dtype:
             return into_E.add_(self.count_choices(ids_P))  # one by one, bf16 stops at 256
-        num_choices = ids_P.shape[0]
-        if num_choices >= MANY_CHOICES and num_choices % PARTS == 0:
-            ids_NC = ids_P.view(PARTS, -1)
-            count_NE = self.one.new_zeros(PARTS, self.num_experts)
-            count_E = count_NE.scatter_add_(1, ids_NC, self.one.expand_as(ids_NC)).sum(0)
-            return count_E if into_E is None else into_E.add_(count_E)
         count_E = torch.zeros_like(self.load_E) if into_E is None else into_E
         return count_E.scatter_add_(0, ids_P, self.one.expand_as(ids_P))
 

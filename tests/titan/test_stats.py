@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sonicmoe_titan.stats import KERNEL_TILE_ROWS, MANY_CHOICES, PARTS, RouterStats
+from sonicmoe_titan.stats import KERNEL_TILE_ROWS, RouterStats
 from tests.titan.block_runs import results, succeeded
 from tests.titan.distributed import ARGS
 
@@ -44,18 +44,6 @@ def test_tensors_stay_where_they_are_while_sums_grow_and_reset():
     stats.reset()
     assert stats.values_V is values and stats.load_E is load
     assert stats.values_V.sum() == 0 and load.sum() == 0
-
-
-@pytest.mark.parametrize("num_choices", [0, 5, MANY_CHOICES, MANY_CHOICES + 1, 3 * MANY_CHOICES])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_choices_are_counted_whole_and_in_parts(num_choices, dtype):
-    ids_P = torch.randint(0, 5, (num_choices,), generator=torch.Generator().manual_seed(1))
-    stats, expected = RouterStats(7), ids_P.bincount(minlength=7).float()
-    assert torch.equal(stats.count_choices(ids_P), expected)
-    into_E = torch.ones(7, dtype=dtype)
-    assert stats.count_choices(ids_P, into_E=into_E) is into_E
-    assert torch.equal(into_E, (expected + 1).to(dtype))
-    assert MANY_CHOICES % PARTS == 0
 
 
 def test_layers_are_collected_in_order_with_all_tokens(one):
