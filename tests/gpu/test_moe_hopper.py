@@ -245,6 +245,16 @@ def test_a_second_backward_agrees_where_h_is_kept() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("inplace_dh", [True, False])
+def test_what_backward_keeps_may_be_offloaded(inplace_dh: bool) -> None:
+    layer = Layer(EDGES, inplace_dh=inplace_dh)
+    expected = layer.step()
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        out = layer.forward()
+    got = [out, *torch.autograd.grad(out, layer.leaves, layer.dout_TD)]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_a_new_token_count_compiles_nothing() -> None:
     Layer(CASE).step()
     built = kernel_cache.load.cache_info().misses

@@ -233,6 +233,24 @@ def test_compiled_as_one_graph_gives_the_same_gradients() -> None:
         assert torch.equal(eager, compiled)
 
 
+def test_what_backward_keeps_may_be_offloaded() -> None:
+    inputs = convert(make_inputs(EDGES), dtype=torch.bfloat16)
+    plan = make_plan(EDGES, inputs.pairs)
+    leaves = [t.clone().requires_grad_() for t in inputs[:4]]
+    elsewhere: list[torch.Tensor] = []
+
+    def offload(kept: torch.Tensor) -> int:
+        elsewhere.append(kept.detach().clone())
+        return len(elsewhere) - 1
+
+    expected = torch.autograd.grad(moe_experts(*leaves, plan), leaves, inputs.dout_TD)
+    with torch.autograd.graph.saved_tensors_hooks(offload, elsewhere.__getitem__):
+        out = moe_experts(*leaves, plan)
+    got = torch.autograd.grad(out, leaves, inputs.dout_TD)
+    assert elsewhere
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_repeats_are_bitwise_equal() -> None:
     inputs = convert(make_inputs(EDGES), dtype=torch.bfloat16)
     plan = make_plan(EDGES, inputs.pairs)
