@@ -291,11 +291,7 @@ def run_time(arguments: argparse.Namespace) -> int:
     for name, case in cases_named(arguments.cases):
         problem = make_problem(case, getattr(torch, arguments.dtype))
         calls = {name: launch.call for name, launch in launchers(problem).items()}
-        rounds: dict[str, list[float]] = {kernel: [] for kernel in calls}
-        for _ in range(arguments.rounds):
-            for kernel, call in calls.items():
-                rounds[kernel].append(median_ms(call, arguments.repeats))
-        for kernel, times in rounds.items():
+        for kernel, times in timed_rounds(calls, arguments).items():
             floor = roofline.kernels(case.T, case.D, case.F, case.E, case.K)[kernel].floor_ms
             shown = " ".join(f"{ms:.3f}" for ms in times)
             print(f"{name:10s} {kernel:9s} {shown} ms, floor {floor:.3f}, "
@@ -325,15 +321,11 @@ def run_overlap(arguments: argparse.Namespace) -> int:
             torch.empty_like(problem.inputs.x_TD),
             rows_per_token=plan.rows_per_token,
         )
-        times: dict[int, list[float]] = {spared: [] for spared in SPARED}
-        for _ in range(arguments.rounds):
-            for spared, measured in times.items():
-                call = functools.partial(backward, calls, aggregate, spared, side)
-                measured.append(median_ms(call, arguments.repeats))
-        for spared, measured in times.items():
-            shown = " ".join(f"{ms:.3f}" for ms in measured)
+        passes = {n: functools.partial(backward, calls, aggregate, n, side) for n in SPARED}
+        for spared, times in timed_rounds(passes, arguments).items():
+            shown = " ".join(f"{ms:.3f}" for ms in times)
             print(f"{name} backward {shown} ms, {spared} multiprocessors spared", flush=True)
-        del problem, plan, calls, aggregate
+        del problem, plan, calls, aggregate, passes
         torch.cuda.empty_cache()
     return 0
 
@@ -358,6 +350,15 @@ def backward(calls: dict, aggregate, spared: int, side: torch.cuda.Stream) -> No
     with torch.cuda.stream(side):
         aggregate()
     stream.wait_stream(side)
+
+
+def timed_rounds(calls: dict, arguments: argparse.Namespace) -> dict:
+    """Milliseconds of every call, a median a round, in turn."""
+    rounds: dict = {name: [] for name in calls}
+    for _ in range(arguments.rounds):
+        for name, call in calls.items():
+            rounds[name].append(median_ms(call, arguments.repeats))
+    return rounds
 
 
 def median_ms(call, repeats: int) -> float:
